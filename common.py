@@ -1,0 +1,1293 @@
+"""What would be a bug if two methods disagreed about it. What two papers could disagree about is in the method files.
+
+Sections, in this order: Processes, Policy, Problems, Sampling, Verifier, Formulas, Packing, Records.
+
+Shapes: B rows, T completion tokens, V vocabulary, P problems, N rows of one problem (group size). Every (B, T) tensor lives on the
+completion axis: column t is completion token t, so logprobs[b, t] = log pi(completion_ids[b, t] | prompt b, completion_ids[b, :t]).
+There are no prompt columns and nobody shifts by one.
+
+The rule that keeps the numbers right: a loss is a sum over tokens of weight x term, the weights are fixed before the first backward
+from counts over all micro-batches and all ranks, and gradients *sum* over micro-batches and ranks.
+"""
+
+import ast
+import atexit
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import datasets
+import math_verify
+import numpy as np
+import pebble
+import torch
+import torch.distributed as td
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dist:
+    """One process of the run. A plain `python x.py` is a world of one and takes the same code path as torchrun."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def init(seed: int) -> Dist:
+    """Start the process group: NCCL on CUDA, gloo on CPU, one process per device."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    if not td.is_initialized():
+        store = None if "RANK" in os.environ else td.HashStore()  # a world of one needs no port
+        td.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
+    torch.manual_seed(seed)
+    return Dist(rank, world_size, device)
+
+
+def shutdown() -> None:
+    """Leave the process group, so that torchrun ends without a warning."""
+    if td.is_initialized():
+        td.barrier()
+        td.destroy_process_group()
+
+
+def all_sum(values: Tensor, dist: Dist) -> Tensor:
+    """Sum a tensor over ranks, out of place."""
+    total = values.detach().clone().to(dist.device)
+    td.all_reduce(total)
+    return total
+
+
+def print0(*args: object) -> None:
+    """Print on rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def fail(sentence: str) -> None:
+    """End the run with one sentence that says what is wrong and where, once for all ranks."""
+    raise SystemExit(f"error: {sentence}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_model(name: str) -> str:
+    """`tiny` is the bundled folder, a bare hub name means the Qwen organisation, a folder stays a folder."""
+    if name == "tiny":
+        return str(ROOT / "tiny")
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
+        fail(f"--model {name}: there is no such folder")
+    return name if "/" in name else f"Qwen/{name}"
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name; it must know its EOS token."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fail(f"--model {name}: no tokenizer could be loaded from {resolve_model(name)} ({first_line(error)})")
+    if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
+        fail(f"--model {name}: {resolve_model(name)} has no tokenizer that knows text and an EOS token")
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, attention: str) -> transformers.PreTrainedModel:
+    """A Hugging Face causal LM on the CPU, dropout off."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=dtype, attn_implementation=attention, attention_dropout=0.0
+        )
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: no model could be loaded from {resolve_model(name)} ({first_line(error)})")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, tokens, head size)
+    key: Tensor,  # (1, key heads, tokens, head size)
+    value: Tensor,  # (1, key heads, tokens, head size)
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seqlens: Tensor | None = None,  # (rows + 1,) int32, where each row starts in the packed line
+    row_lengths: list[int] | None = None,
+    **features: object,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each row of a packed line. varlen_attn on CUDA, one causal SDPA per row on CPU.
+
+    A feature that is not implemented here is refused, never ignored.
+    """
+    ignored = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "position_embeddings"}
+    for feature, setting in features.items():
+        if setting is not None and feature not in ignored:
+            raise NotImplementedError(f"the packed attention does not implement {feature} of {type(module).__name__}")
+    if sliding_window is not None and max(row_lengths) > sliding_window:
+        raise NotImplementedError(f"a row of {max(row_lengths)} tokens exceeds the sliding window of {sliding_window}")
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda:
+        rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
+        longest = max(row_lengths)
+        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+        return out[None], None
+    rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in rows]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM behind one packed forward that returns log-probabilities and never whole logits."""
+
+    def __init__(self, model: transformers.PreTrainedModel):
+        super().__init__()
+        for feature in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, feature, None) not in (None, 1.0):
+                fail(f"{type(model).__name__} uses {feature}, which the packed forward does not implement")
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (1, tokens) the rows one after another
+        position_ids: Tensor,  # (1, tokens) restart at each row
+        cu_seqlens: Tensor,  # (rows + 1,)
+        row_lengths: list[int],
+        predict: Tensor,  # (M,) positions whose next token is a completion token
+        targets: Tensor,  # (M,) those tokens
+        temperature: float,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        hidden = self.model.get_decoder()(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            cu_seqlens=cu_seqlens,
+            row_lengths=row_lengths,
+        ).last_hidden_state[0, predict]
+        chunk = max(1, 2**26 // self.model.config.get_text_config().vocab_size)  # 256 MB of fp32 logits at a time
+        parts = [
+            checkpoint(self.head, h, t, temperature, entropy_grad, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logprobs, entropy
+
+    def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+        """(M, hidden) -> log-probability of the targets and entropy of the distribution, both (M,), at least fp32."""
+        logits = self.model.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        log_z = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logprobs, entropy
+
+
+def shard(model: transformers.PreTrainedModel, dist: Dist, checkpoint_activations: bool = False) -> Policy:
+    """Wrap a model and shard it with FSDP2: each decoder layer and the root. Gradients sum over ranks.
+
+    Parameters, gradients and Adam moments keep the model's dtype (fp32 masters); on CUDA the compute is bf16.
+    """
+    if checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model).train()
+    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+    mixed = MixedPrecisionPolicy()
+    if dist.device.type == "cuda":
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*model.get_decoder().layers, policy]:
+        fully_shard(module, mesh=mesh, mp_policy=mixed)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    return policy
+
+
+def load_policy(name: str, dist: Dist, checkpoint_activations: bool = False) -> Policy:
+    """The trained (or frozen reference) policy of a model folder or hub name."""
+    return shard(load_model(name, torch.float32, "packed"), dist, checkpoint_activations)
+
+
+def token_logprobs(policy: Policy, batch: "Batch", temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+    """log pi of every completion token and the entropy there, both (B, T) and at least fp32; 0 outside a row.
+
+    Temperature divides the logits as in the sampler. The entropy carries a gradient only when asked to.
+    """
+    device = batch.completion_ids.device
+    lines, predict, targets, row, column, start = [], [], [], [], [], 0
+    for b, (prompt, length) in enumerate(zip(batch.prompt_ids, batch.lengths, strict=True)):
+        completion = batch.completion_ids[b, :length].tolist()
+        lines.append([*prompt, *completion])
+        predict.extend(range(start + len(prompt) - 1, start + len(prompt) + length - 1))
+        targets.extend(completion)
+        row.extend([b] * length)
+        column.extend(range(length))
+        start += len(prompt) + length
+    row_lengths = [len(line) for line in lines]
+
+    def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    logprobs, entropy = policy(
+        tensor([token for line in lines for token in line])[None],
+        tensor([p for length in row_lengths for p in range(length)])[None],
+        tensor([0, *np.cumsum(row_lengths).tolist()], torch.int32),
+        row_lengths,
+        tensor(predict),
+        tensor(targets),
+        temperature,
+        entropy_grad,
+    )
+    index, empty = (tensor(row), tensor(column)), logprobs.new_zeros(batch.completion_ids.shape)
+    return empty.index_put(index, logprobs), empty.index_put(index, entropy)
+
+
+def reference_logprobs(reference: Policy | None, batch: "Batch", temperature: float) -> Tensor | None:
+    """(B, T) of a frozen policy; None without one."""
+    if reference is None:
+        return None
+    with torch.no_grad():
+        return token_logprobs(reference, batch, temperature)[0]
+
+
+def store_old_logprobs(policy: Policy, rollouts: list["Rollout"], temperature: float, max_tokens: int, dist: Dist) -> None:
+    """Write the log-probabilities of the policy as it is now into the rollouts, before the first of several updates."""
+    for batch in microbatches(rollouts, max_tokens, dist):
+        logprobs = reference_logprobs(policy, batch, temperature).cpu()
+        for row, rollout in enumerate(batch.rollouts):
+            rollout.old_logprobs = logprobs[row, : batch.lengths[row]]
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """A whole parameter from its shards (collective)."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def clip_gradients(policy: nn.Module, max_norm: float) -> Tensor:
+    """Clip the summed gradient to a norm over all shards (0: never clip); the norm before clipping."""
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_([p for p in policy.parameters() if p.grad is not None], max_norm, norm)
+    return full_tensor(norm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems
+# ----------------------------------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "plain": "{problem}\n",
+    "qwen_math": "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{{}}.<|im_end|>\n"
+    "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+}
+BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+FIELDS = {
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer"),
+    "solution": ("solution", "response", "expert"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. expert_ids ends with EOS; answer is a string, or {"target", "nums"} for Countdown."""
+
+    id: str
+    text: str
+    prompt_ids: list[int]
+    answer: str | dict
+    expert_ids: list[int] | None
+
+
+def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
+    """(where, row) of a .jsonl, .jsonl.gz or .parquet file or of a hub data set."""
+    path = Path(name)
+    if path.suffix == ".parquet" and path.is_file():
+        return [(f"{name}:{i + 1}", row) for i, row in enumerate(datasets.Dataset.from_parquet(name))]
+    if path.is_file():
+        opener = gzip.open if path.suffix == ".gz" else open
+        rows = []
+        with opener(path, "rt", encoding="utf-8") as file:
+            for i, line in enumerate(file):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    fail(f"{name}:{i + 1} is not a JSON object ({error.msg})")
+                if not isinstance(row, dict):
+                    fail(f"{name}:{i + 1} is not a JSON object")
+                rows.append((f"{name}:{i + 1}", row))
+        return rows
+    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        fail(f"there is no data file {name}")
+    try:
+        parts = datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        fail(f"{name} is neither a file nor a data set that the hub gives ({first_line(error)})")
+    part = parts[split] if split in parts else parts[next(iter(parts))]
+    return [(f"{name}:{i + 1}", row) for i, row in enumerate(part)]
+
+
+def last_box(text: str) -> str | None:
+    boxes = boxed(text)
+    return boxes[-1] if boxes else None
+
+
+def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
+    """problem, answer and solution of a row in any of the recognised schemas; a missing one is absent from the result."""
+    found = {}
+    for field, known in FIELDS.items():
+        for name in [names[field]] if field in names else known:
+            if row.get(name) is not None:
+                found[field] = row[name]
+                break
+    if "messages" in row and not names:
+        found["problem"] = [m for m in row["messages"] if m["role"] != "assistant"]
+        found["solution"] = next((m["content"] for m in row["messages"] if m["role"] == "assistant"), None)
+    if isinstance(row.get("target"), list) and "solution" not in found:  # LUFFY / verl
+        found["solution"] = row["target"][0]["content"] if row["target"] else None
+    if isinstance(row.get("reward_model"), dict) and "answer" not in found:
+        found["answer"] = row["reward_model"]["ground_truth"]
+    if "####" in str(found.get("answer", "")):  # GSM8K as its authors ship it
+        found["solution"], found["answer"] = found["answer"], found["answer"].split("####")[-1].strip().replace(",", "")
+    if isinstance(row.get("meta"), dict) and {"target", "nums"} <= set(row["meta"]):
+        found["answer"] = {"target": row["meta"]["target"], "nums": row["meta"]["nums"]}
+    if found.get("answer") is None and found.get("solution") and last_box(found["solution"]):
+        found["answer"] = last_box(found["solution"])
+    if not isinstance(found.get("answer", ""), (str, dict)):
+        found["answer"] = str(found["answer"])
+    return {field: text for field, text in found.items() if text not in (None, "", [])}
+
+
+def with_box(solution: str, answer: str | dict, row: dict) -> str:
+    """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets it as last line."""
+    if boxed(solution):
+        return solution
+    final = row.get("answer", "") if isinstance(answer, dict) else answer
+    return f"{solution.split('####')[0].rstrip()}\n\\boxed{{{final}}}"
+
+
+def render(problem: str | list[dict], tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> tuple[str, list[int]]:
+    """The prompt of a question as text and ids, with exactly one BOS where the tokenizer wants one."""
+    if template == "chat":
+        messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem + BOX_REQUEST}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        question = problem if isinstance(problem, str) else problem[-1]["content"]
+        text = TEMPLATES[template].format(problem=question)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    default = tokenizer("a").input_ids
+    if tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id] and ids[:1] != default[:1]:
+        ids = [tokenizer.bos_token_id, *ids]
+    return text, ids
+
+
+def load_problems(
+    name: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    template: str = "auto",  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
+    columns: str = "",  # "problem=... answer=... solution=..."
+    max_prompt_tokens: int = 1024,
+    max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
+    require_expert: bool = False,  # rows without a usable expert trace are dropped; else traces are not read
+    split: str = "train",
+) -> list[Problem]:
+    """Read, render and check a data set. Every row is kept or counted under the reason for which it was dropped."""
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "plain"
+    if template != "chat" and template not in TEMPLATES:
+        fail(f"--template {template} is not one of chat, {', '.join(TEMPLATES)}")
+    if template == "chat" and not tokenizer.chat_template:
+        fail("--template chat: this tokenizer has no chat template")
+    names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split()) if columns else {}
+    rows = read_rows(name, split)
+    for column in names.values():
+        if rows and column not in rows[0][1]:
+            fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
+    dropped, examples, problems, boxes_added, prompt_text, seen = Counter(), {}, [], 0, "", set()
+    parsed = [(where, row, read_fields(row, names)) for where, row in rows]
+    gold_ok = iter(golds_parse([found["answer"] for _, _, found in parsed if "answer" in found]))
+    for where, row, found in parsed:
+        reason, expert_ids = None, None
+        answer_ok = next(gold_ok) if "answer" in found else False
+        missing = [f for f in ("problem", "answer", *(["solution"] * require_expert)) if f not in found]
+        if missing:
+            reason = f"no {' and no '.join(missing)}"
+        elif not answer_ok:
+            reason = "answer that the verifier cannot parse"
+        else:
+            text, prompt_ids = render(found["problem"], tokenizer, template)
+            prompt_text = prompt_text or text
+            if len(prompt_ids) > max_prompt_tokens:
+                reason = f"prompt over {max_prompt_tokens} tokens"
+        if reason is None and require_expert:
+            solution = with_box(found["solution"], found["answer"], row)
+            boxes_added += solution != found["solution"]
+            expert_ids = [*tokenizer(solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            if len(expert_ids) > max_completion_tokens:
+                reason = f"expert trace over {max_completion_tokens} tokens"
+        if reason is None:
+            row_id = str(row.get("id", where.rsplit(":", 1)[-1]))
+            row_id = row_id if row_id not in seen else f"{row_id}#{where.rsplit(':', 1)[-1]}"
+            seen.add(row_id)
+            question = found["problem"] if isinstance(found["problem"], str) else found["problem"][-1]["content"]
+            problems.append((where, Problem(row_id, question, prompt_ids, found["answer"], expert_ids)))
+        else:
+            dropped[reason] += 1
+            examples.setdefault(reason, where)
+    if require_expert and problems:
+        texts = [tokenizer.decode(p.expert_ids, skip_special_tokens=True) for _, p in problems]
+        scores, _ = verify(texts, [p.answer for _, p in problems], progress="checking expert traces")
+        for (where, _), score in zip(problems, scores, strict=True):
+            if score != 1:
+                dropped["expert trace that the verifier rejects"] += 1
+                examples.setdefault("expert trace that the verifier rejects", where)
+        problems = [pair for pair, score in zip(problems, scores, strict=True) if score == 1]
+    drops = "; ".join(f"{count} dropped: {reason} (first {examples[reason]})" for reason, count in dropped.items())
+    print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {template}{'; ' + drops if drops else ''}")
+    if boxes_added:
+        print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
+    if not problems:
+        fail(f"{name}: no usable row among {len(rows)}{' (' + drops + ')' if drops else ''}")
+    first = problems[0][1]
+    print0(f"first prompt: {prompt_text!r}")
+    if require_expert:
+        print0(f"first expert trace ({len(first.expert_ids)} tokens): {tokenizer.decode(first.expert_ids)!r}")
+    return [problem for _, problem in problems]
+
+
+def draw(problems: list[Problem], n: int, step: int, seed: int, dist: Dist) -> list[Problem]:
+    """This rank's share of the n problems of a step: a pure function, so resume needs no replay.
+
+    Every problem is seen once per epoch, each epoch in its own order; rank r takes every world_size-th problem.
+    """
+    chosen = []
+    for position in range(step * n + dist.rank, (step + 1) * n, dist.world_size):
+        epoch, place = divmod(position, len(problems))
+        chosen.append(problems[int(epoch_order(len(problems), seed, epoch)[place])])
+    return chosen
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """A completion of a problem. Its first num_expert_tokens tokens were written by the expert, the rest by the policy."""
+
+    problem: Problem
+    completion_ids: list[int]
+    num_expert_tokens: int = 0
+    sampler_logprobs: list[float] | None = None  # one per policy token, as the sampler saw them
+    text: str = ""
+    finished: bool = False  # ends with EOS; a completion that hit the length limit does not
+    reward: float = 0.0
+    advantage: float = 0.0
+    old_logprobs: Tensor | None = None  # (completion length,), of the policy that made the batch
+
+
+def expert_rollout(problem: Problem, num_tokens: int | None = None) -> Rollout:
+    """The expert's completion, or its first num_tokens tokens."""
+    ids = problem.expert_ids[:num_tokens]
+    return Rollout(problem, ids, len(ids), finished=len(ids) == len(problem.expert_ids))
+
+
+def group_seed(seed: tuple[int, ...], problem_id: str) -> int:
+    """What is sampled for a problem hangs on (seed, step, attempt) and the problem alone, not on the rest of the batch."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, problem_id)).encode(), digest_size=7).digest(), "big")
+
+
+class Sampler:
+    """Generates completions from an inference copy of the weights; sharded training weights never decode.
+
+    The back end here is transformers with a decode loop of our own, so that finished rows leave the batch.
+    """
+
+    def __init__(self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, dist: Dist, kind: str = "auto"):
+        if kind not in ("auto", "hf"):
+            fail(f"--sampler {kind} is not available; auto and hf are")
+        self.tokenizer, self.dist = tokenizer, dist
+        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+        self.model = load_model(name, dtype, "sdpa").to(dist.device).eval()
+        self.model.requires_grad_(False)
+        config_ids = self.model.generation_config.eos_token_id
+        config_ids = config_ids if isinstance(config_ids, list) else [config_ids]
+        self.stop_ids = sorted({tokenizer.eos_token_id, *(i for i in config_ids if i is not None)})
+        self.max_batch_tokens = 2**15 if dist.device.type == "cpu" else 2**19  # tokens in the KV cache at a time
+
+    def sync(self, policy: Policy) -> None:
+        """Copy the trained weights into the inference copy, one parameter at a time (collective)."""
+        mine = dict(self.model.named_parameters())
+        theirs = dict(policy.model.named_parameters())
+        if mine.keys() != theirs.keys():
+            raise RuntimeError(f"parameters differ between policy and sampler: {sorted(mine.keys() ^ theirs.keys())[:4]}")
+        for name, parameter in theirs.items():
+            mine[name].copy_(full_tensor(parameter))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        problems: list[Problem],
+        prefixes: list[list[int]] | None,  # per problem, expert tokens that open the completion
+        n: int,
+        max_tokens: int,  # of the whole completion, prefix included
+        temperature: float,  # 0: greedy
+        seed: tuple[int, ...],
+        top_p: float = 1.0,
+    ) -> list[list[Rollout]]:
+        """n completions per problem. top_p below 1 biases the ratio, so training never passes it."""
+        prefixes = prefixes or [[] for _ in problems]
+        if any(len(prefix) >= max_tokens for prefix in prefixes):
+            raise ValueError(f"a prefix leaves no room under {max_tokens} completion tokens")
+        size = [len(p.prompt_ids) + len(prefix) for p, prefix in zip(problems, prefixes, strict=True)]
+        order = sorted(range(len(problems)), key=lambda i: size[i])
+        groups: list[list[Rollout]] = [[] for _ in problems]
+        bar = tqdm(total=len(problems) * n, desc="rollouts", disable=None, leave=False, delay=2)
+        while order:
+            longest = size[order[-1]] - len(prefixes[order[-1]]) + max_tokens
+            take = max(1, self.max_batch_tokens // (n * longest))
+            chunk, order = order[-take:], order[:-take]
+            made = self._decode(
+                [problems[i] for i in chunk], [prefixes[i] for i in chunk], n, max_tokens, temperature, seed, top_p, bar
+            )
+            for i, group in zip(chunk, made, strict=True):
+                groups[i] = group
+        bar.close()
+        return groups
+
+    def _decode(self, problems, prefixes, n, max_tokens, temperature, seed, top_p, bar) -> list[list[Rollout]]:
+        """One left-padded batch: prefill each prompt once, repeat its cache n times, decode until all rows are done."""
+        device, rows = self.dist.device, len(problems) * n
+        lines = [[*p.prompt_ids, *prefix] for p, prefix in zip(problems, prefixes, strict=True)]
+        width = max(len(line) for line in lines)
+        pad = self.tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (width - len(line)) + line for line in lines], device=device)
+        mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in lines], device=device)
+        limit = torch.tensor([max_tokens - len(prefix) for prefix in prefixes], device=device).repeat_interleave(n)
+        steps = int(limit.max())
+        uniform = torch.stack(  # one number per token to come, from a generator of the problem's own
+            [
+                torch.rand((n, max_tokens), generator=torch.Generator().manual_seed(group_seed(seed, p.id)), dtype=torch.float64)
+                for p in problems
+            ]
+        ).view(rows, max_tokens)
+        uniform = uniform.to(device)
+        cache = transformers.DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        cache.batch_repeat_interleave(n)
+        logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+        position = mask.sum(1)
+        alive = torch.arange(rows, device=device)
+        tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, steps, dtype=torch.float32, device=device)
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        stop = torch.tensor(self.stop_ids, device=device)
+        for t in range(steps):
+            logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+            if temperature == 0:
+                token = logp.argmax(-1)
+            else:
+                probs = (logp if top_p == 1 else nucleus(logp, top_p)).exp().double()
+                cdf = probs.cumsum(-1)  # exact sampling: invert the distribution function at the row's own number
+                token = torch.searchsorted(cdf, uniform[alive, t, None] * cdf[:, -1:], right=True)[:, 0]
+                token = token.clamp(max=probs.shape[1] - 1)
+            tokens[alive, t] = token
+            logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
+            lengths[alive] = t + 1
+            going = ~torch.isin(token, stop) & (limit[alive] > t + 1)
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                bar.update(len(alive) - len(keep))
+                if len(keep) == 0:
+                    break
+                cache.batch_select_indices(keep)
+                alive, mask, token, position = alive[keep], mask[keep], token[keep], position[keep]
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = self.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            position = position + 1
+        tokens, logprobs, lengths = tokens.tolist(), logprobs.tolist(), lengths.tolist()
+        groups = []
+        for i, (problem, prefix) in enumerate(zip(problems, prefixes, strict=True)):
+            group = []
+            for r in range(i * n, (i + 1) * n):
+                new = tokens[r][: lengths[r]]
+                ended = new[-1] in self.stop_ids
+                group.append(Rollout(problem, [*prefix, *new], len(prefix), logprobs[r][: lengths[r]], finished=ended))
+            groups.append(group)
+        flat = [rollout for group in groups for rollout in group]
+        texts = self.tokenizer.batch_decode([r.completion_ids for r in flat], skip_special_tokens=True)
+        for rollout, text in zip(flat, texts, strict=True):
+            rollout.text = text
+        return groups
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities (rows, V) with everything outside the smallest set of mass top_p at -inf (evaluation only)."""
+    ordered, index = logp.sort(-1, descending=True)
+    outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+    return logp.masked_fill(outside.scatter(-1, index, outside), -math.inf)
+
+
+def episode_cuts(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase, pieces: int, leak_check: bool) -> list[int]:
+    """Expert tokens in the first 0, 1, ..., m episodes of the trace, m <= pieces: [0, ..., len(expert_ids)].
+
+    Pieces end at a line's end (a sentence's end where there are fewer than two lines), always on a token boundary, and are
+    merged to `pieces` of near-equal count as in UFT (2505.16984): cut i is the end of piece round(i x found / m). With
+    leak_check the answer's text never appears before the last cut but one.
+    """
+    texts = [tokenizer.decode([token]) for token in problem.expert_ids]
+    ends: list[int] = []
+    for mark in ("\n", ".!?\n"):
+        if len(ends) < 2:
+            stops = [text.rstrip(" ")[-1:] for text in texts]
+            ends = [i + 1 for i, stop in enumerate(stops[:-1]) if stop and stop in mark and texts[i + 1].strip(" ") != "\n"]
+            ends = [*ends, len(texts)]
+    kept = min(pieces, len(ends))
+    cuts = [0, *(ends[round(i * len(ends) / kept) - 1] for i in range(1, kept + 1))]
+    if leak_check and isinstance(problem.answer, str):
+        shown = [cut for cut in cuts[:-1] if problem.answer not in tokenizer.decode(problem.expert_ids[:cut])]
+        cuts = [*shown, len(texts)]
+    return cuts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifier
+# ----------------------------------------------------------------------------------------------------------------------
+
+_pool: pebble.ProcessPool | None = None
+_pool_lock = threading.Lock()
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of every closed, non-empty \boxed{...} with balanced braces, in order. \fbox is not a box."""
+    found, start = [], text.find("\\boxed{")
+    while start >= 0:
+        depth, end = 1, start + len("\\boxed{")
+        while end < len(text) and depth:
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        content = text[start + len("\\boxed{") : end - 1].strip()
+        if depth == 0 and content:
+            found.append(content)
+        start = text.find("\\boxed{", start + 1)
+    return found
+
+
+def plain_integer(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 100
+
+
+def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
+    """Whether an equation over + - * / hits the target and uses each number exactly once. A whitelisted walk, never eval."""
+    for latex, plain in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), (r"\left", ""), (r"\right", ""), ("−", "-")):
+        equation = equation.replace(latex, plain)
+    left, _, right = equation.partition("=")
+    used = []
+
+    def walk(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Expression):
+            return walk(node.body)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult, ast.Div):
+            a, b = walk(node.left), walk(node.right)
+            if isinstance(node.op, ast.Add):
+                return a + b
+            if isinstance(node.op, ast.Sub):
+                return a - b
+            return a * b if isinstance(node.op, ast.Mult) else a / b
+        raise ValueError(f"{type(node).__name__} is not allowed")
+
+    if len(equation) > 200 or (right.strip() and right.strip() != str(target)):
+        return False
+    try:
+        value = walk(ast.parse(left.strip(), mode="eval"))
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return False  # not an equation: a wrong answer, not an error of the verifier
+    return value == target and sorted(used) == sorted(nums)
+
+
+def parse_gold(answer: str) -> list:
+    """math-verify reads `2^{10}` or `3\\sqrt{2}` right only between dollars."""
+    return math_verify.parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
+
+
+def check_item(item: tuple[str, str | None]) -> bool:
+    """In a worker process: (gold, prediction), or (gold, None) for whether the gold can be parsed. Gold goes first."""
+    gold, prediction = item
+    gold_parsed = parse_gold(gold)
+    if prediction is None:
+        return bool(gold_parsed)
+    parsed = math_verify.parse(f"\\boxed{{{prediction}}}", parsing_timeout=None)
+    return bool(math_verify.verify(gold_parsed, parsed, timeout_seconds=None))
+
+
+def check_items(items: list[tuple[str, str | None]], time_limit: float, progress: str = "") -> tuple[list[bool], int]:
+    """Run check_item in a pool whose tasks can be killed. A hung or crashing item is False and counts as an error."""
+    global _pool
+    if not items:
+        return [], 0
+    with _pool_lock:
+        if _pool is None or not _pool.active:
+            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=multiprocessing.get_context("fork"))
+            atexit.register(close_verifier)
+    verdicts, errors = [], 0
+    futures = [_pool.schedule(check_item, args=[item], timeout=time_limit) for item in items]
+    for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
+        try:
+            verdicts.append(future.result())
+        except Exception as error:  # whatever a worker raised, hung on or died of is this item's verdict, and is counted
+            print0(f"verifier error: {first_line(error)}")
+            verdicts.append(False)
+            errors += 1
+    return verdicts, errors
+
+
+def close_verifier() -> None:
+    """Stop the worker processes."""
+    global _pool
+    if _pool is not None:
+        _pool.stop()
+        _pool.join()
+        _pool = None
+
+
+def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
+    """Whether the verifier can read each gold answer; digits and Countdown rows need no parser."""
+    asked = [i for i, answer in enumerate(answers) if isinstance(answer, str) and not plain_integer(answer)]
+    verdicts, _ = check_items([(answers[i], None) for i in asked], time_limit, "parsing answers")
+    readable = [True] * len(answers)
+    for i, verdict in zip(asked, verdicts, strict=True):
+        readable[i] = verdict
+    return readable
+
+
+def verify(
+    texts: list[str],
+    answers: list[str | dict],  # a string, or {"target", "nums"} for Countdown
+    many_boxes: str = "zero",  # several different boxes: zero, or last to take the last one
+    time_limit: float = 5.0,  # seconds per item
+    progress: str = "",
+) -> tuple[list[float], int]:
+    """1.0 where the boxed answer of a text is right, else 0.0; and the number of verifier errors.
+
+    A box is required. Equal strings and plain integers are decided here; everything else goes through math-verify in a
+    process pool.
+    """
+    scores, asked = [0.0] * len(texts), []
+    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        boxes = boxed(text)
+        if not boxes or (len(set(boxes)) > 1 and many_boxes == "zero"):
+            continue
+        box = boxes[-1]
+        if isinstance(answer, dict):
+            scores[i] = float(countdown_correct(box, answer["target"], answer["nums"]))
+        elif box == answer.strip():
+            scores[i] = 1.0
+        elif plain_integer(box) and plain_integer(answer):
+            scores[i] = float(int(box) == int(answer))
+        else:
+            asked.append((i, answer, box))
+    verdicts, errors = check_items([(answer, box) for _, answer, box in asked], time_limit, progress)
+    for (i, _, _), verdict in zip(asked, verdicts, strict=True):
+        scores[i] = float(verdict)
+    return scores, errors
+
+
+def score(groups: list[list[Rollout]]) -> int:
+    """Write the verifier's reward into every rollout; the number of verifier errors."""
+    flat = [rollout for group in groups for rollout in group]
+    rewards, errors = verify([r.text for r in flat], [r.problem.answer for r in flat])
+    for rollout, reward in zip(flat, rewards, strict=True):
+        rollout.reward = reward
+    return errors
+
+
+def evaluate(
+    sampler: Sampler,
+    problems: list[Problem],
+    n: int,  # samples per problem
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    dist: Dist,
+) -> float:
+    """Mean reward over all problems and samples, over ranks. The same samples at every call: only the weights differ."""
+    groups = sampler.generate(problems[dist.rank :: dist.world_size], None, n, max_tokens, temperature, (seed, -1))
+    score(groups)
+    rewards = [rollout.reward for group in groups for rollout in group]
+    total, count = all_sum(torch.tensor([sum(rewards), len(rewards)], dtype=torch.float64), dist).tolist()
+    return total / count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale_by_std: bool) -> Tensor:
+    """A[p, i] = R[p, i] - mean_i R[p, i], divided by the group's unbiased std + 1e-6 on request. (P, N) -> (P, N).
+
+    A group with equal rewards, or of one row, has advantage exactly 0.
+    Shao et al. 2024 (2402.03300) section 4.1.2 with std; Liu et al. 2025 (2503.20783, Dr.GRPO) without.
+    """
+    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale_by_std and rewards.shape[1] > 1:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+    return torch.where(constant, 0.0, advantages)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) and where the clip took the gradient away, both (B, T).
+
+    A negative bound switches that side off. Schulman et al. 2017 (1707.06347) eq. 7; two bounds: DAPO (2503.14476) eq. 10.
+    """
+    low = 1 - clip_low if clip_low >= 0 else -math.inf
+    high = 1 + clip_high if clip_high >= 0 else math.inf
+    plain, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
+    return torch.minimum(plain, clipped), (clipped < plain)
+
+
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from the sampled token, (B, T). Schulman 2020, "Approximating KL".
+
+    k1 = log_ratio, k2 = log_ratio^2 / 2, k3 = exp(-log_ratio) - 1 + log_ratio, log_ratio = logprobs - ref_logprobs.
+    Differentiated as a loss on samples of the policy, k2 has the gradient of the reverse KL, k3 that of the forward KL, and
+    k1 has none in expectation; k1 therefore keeps its value and takes k2's gradient.
+    """
+    log_ratio = logprobs - ref_logprobs
+    k2 = log_ratio.square() / 2
+    if estimator == "k1":
+        return log_ratio.detach() + k2 - k2.detach()
+    return k2 if estimator == "k2" else torch.exp(-log_ratio) - 1 + log_ratio
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """A micro-batch. The (B, T) tensors are on the completion axis; columns past a row's length are 0 and masked."""
+
+    rollouts: list[Rollout]
+    prompt_ids: list[list[int]]
+    lengths: list[int]  # completion tokens of each row
+    completion_ids: Tensor  # (B, T)
+    completion_mask: Tensor  # (B, T) bool; all False in a filler row
+    expert_mask: Tensor  # (B, T) bool; tokens that the expert wrote
+    old_logprobs: Tensor | None  # (B, T), of the policy that made the batch
+    sampler_logprobs: Tensor | None  # (B, T), as the sampler saw its tokens; 0 on expert tokens
+    rewards: Tensor  # (B,)
+    advantages: Tensor  # (B,)
+
+
+def make_batch(rollouts: list[Rollout], dist: Dist, filler: bool = False) -> Batch:
+    """Rows to tensors on the device. A filler has a row, so that every rank runs the same collectives, but no weight."""
+    lengths = [len(r.completion_ids) for r in rollouts]
+    if min(lengths) == 0 or min(len(r.problem.prompt_ids) for r in rollouts) == 0:
+        raise ValueError("a row needs at least one prompt token and one completion token")
+
+    def pad(rows: list, dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(len(rows), max(lengths), dtype=dtype)
+        for b, row in enumerate(rows):
+            out[b, : len(row)] = torch.as_tensor(row, dtype=dtype)
+        return out.to(dist.device)
+
+    has_old = all(r.old_logprobs is not None for r in rollouts)
+    has_sampler = all(r.sampler_logprobs is not None for r in rollouts)
+    return Batch(
+        rollouts=rollouts,
+        prompt_ids=[r.problem.prompt_ids for r in rollouts],
+        lengths=lengths,
+        completion_ids=pad([r.completion_ids for r in rollouts], torch.long),
+        completion_mask=pad([[not filler] * length for length in lengths], torch.bool),
+        expert_mask=pad([[True] * r.num_expert_tokens for r in rollouts], torch.bool),
+        old_logprobs=pad([r.old_logprobs for r in rollouts], torch.float32) if has_old else None,
+        sampler_logprobs=(
+            pad([[0.0] * r.num_expert_tokens + r.sampler_logprobs for r in rollouts], torch.float32) if has_sampler else None
+        ),
+        rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float32, device=dist.device),
+        advantages=torch.tensor([r.advantage for r in rollouts], dtype=torch.float32, device=dist.device),
+    )
+
+
+def microbatches(rollouts: list[Rollout], max_tokens: int, dist: Dist) -> list[Batch]:
+    """Rows sorted by length and filled up to a budget of prompt + completion tokens, the same count on every rank.
+
+    A rank with fewer gets zero-weight fillers; when no rank has a row there is no micro-batch at all.
+    """
+    filled, used = [], 0
+    for rollout in sorted(rollouts, key=lambda r: len(r.problem.prompt_ids) + len(r.completion_ids)):
+        size = len(rollout.problem.prompt_ids) + len(rollout.completion_ids)
+        if not filled or used + size > max_tokens:
+            filled, used = [*filled, []], 0
+        filled[-1].append(rollout)
+        used += size
+    count = torch.tensor(len(filled), device=dist.device)
+    td.all_reduce(count, op=td.ReduceOp.MAX)
+    blank = Rollout(Problem("filler", "", [0], "", None), [0])
+    batches = [make_batch(rows, dist) for rows in filled]
+    return batches + [make_batch([blank], dist, filler=True) for _ in range(int(count) - len(filled))]
+
+
+def count_tokens(rollouts: list[Rollout], dist: Dist) -> tuple[int, int, int]:
+    """(policy tokens, expert tokens, rows) of an optimizer step, over all ranks: the denominators of the losses."""
+    expert = sum(r.num_expert_tokens for r in rollouts)
+    total = sum(len(r.completion_ids) for r in rollouts)
+    policy, expert, rows = all_sum(torch.tensor([total - expert, expert, len(rollouts)]), dist).tolist()
+    return policy, expert, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse(config: type) -> object:
+    """The command line. Defaults come from the Config, then the model folder's settings.json, or from the run to resume.
+
+    Explicit flags win. Paths in settings.json are relative to that folder.
+    """
+    doc = sys.modules[config.__module__].__doc__
+    flags = tyro.cli(config, description=doc)
+    fields = {field.name for field in dataclasses.fields(config)}
+    if getattr(flags, "resume", ""):
+        path = Path(flags.resume) / "config.json"
+        if not path.is_file():
+            fail(f"--resume {flags.resume}: there is no run to resume, {path} is missing")
+        taken = {k: v for k, v in json.loads(path.read_text())["flags"].items() if k in fields}
+        taken |= {"out": flags.resume, "resume": flags.resume}
+    else:
+        folder = Path(resolve_model(flags.model))
+        path = folder / "settings.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings |= settings.pop(Path(sys.argv[0]).stem, {})  # a section of the script's own
+        taken = {k: v for k, v in settings.items() if k in fields}
+        for key in ("data", "test_data"):
+            if key in taken:
+                taken[key] = str(folder / taken[key])
+    cfg = tyro.cli(config, default=config(**taken), description=doc)
+    used = {k: v for k, v in taken.items() if getattr(cfg, k) == v and k not in ("data", "test_data")}
+    if used and not getattr(flags, "resume", ""):
+        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v}" for k, v in used.items()))
+    return cfg
+
+
+class RunLog:
+    """One line per step on the terminal, metrics.jsonl and samples.jsonl in the run's folder, wandb on request."""
+
+    def __init__(self, cfg: object, script: str, dist: Dist):
+        self.dist, self.cfg, self.sums, self.seconds = dist, cfg, defaultdict(float), defaultdict(float)
+        name = f"{Path(script).stem}-{Path(cfg.model).name}-{time.strftime('%m%d-%H%M%S')}"
+        out = [str(Path(cfg.out or ROOT / "runs" / name))]
+        td.broadcast_object_list(out, 0)  # all ranks agree on the time in the name
+        self.out, self.stop, self.wandb = Path(out[0]), False, None
+        if not cfg.resume and (self.out / "metrics.jsonl").exists():
+            fail(f"--out {self.out} already holds a run; continue it with --resume {self.out} or choose another folder")
+        for name in (signal.SIGTERM, signal.SIGINT):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(name, lambda *_: setattr(self, "stop", True))
+        if dist.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not cfg.resume:
+                for source in (Path(script), ROOT / "common.py"):
+                    shutil.copy(source, self.out / source.name)
+                write_atomic(self.out / "config.json", json.dumps(describe_run(cfg), indent=1))
+            if cfg.wandb:
+                import wandb  # noqa: PLC0415, the one optional package
+
+                self.wandb = wandb.init(project="sft-rl", name=self.out.name, config=dataclasses.asdict(cfg))
+        print0(f"run {self.out} on {dist.world_size} x {dist.device.type}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what a killed run wrote after its last checkpoint, so that the resumed run writes it again."""
+        for name in ("metrics.jsonl", "samples.jsonl") if self.dist.rank == 0 else ():
+            path = self.out / name
+            if path.exists():
+                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] < step))
+
+    @contextlib.contextmanager
+    def timer(self, phase: str):
+        """Count the seconds of a phase of the step under seconds_<phase>."""
+        start = time.perf_counter()
+        yield
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] += time.perf_counter() - start
+
+    def add(self, **terms: Tensor | float) -> None:
+        """Add to sums that are summed over ranks at the end of the step."""
+        for name, term in terms.items():
+            self.sums[name] = self.sums[name] + (term.detach() if isinstance(term, Tensor) else term)
+
+    def add_mean(self, name: str, values: list[float]) -> None:
+        """Add to a mean over all values of all ranks; absent from the line when there were none."""
+        self.add(**{f"{name}/sum": float(sum(values)), f"{name}/count": len(values)})
+
+    def add_rollouts(self, groups: list[list[Rollout]]) -> None:
+        """The sums behind reward, solved shares, lengths and truncation."""
+        rows, right = [r for group in groups for r in group], [sum(r.reward for r in group) for group in groups]
+        self.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in groups])
+        self.add_mean("groups_solved", [s == len(group) for s, group in zip(right, groups, strict=True)])
+        self.add_mean("groups_failed", [s == 0 for s in right])
+        self.add_mean("reward", [r.reward for r in rows])
+        self.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
+        self.add_mean("truncated", [not r.finished for r in rows])
+
+    def step(self, step: int, groups: list[list[Rollout]], **values: float) -> None:
+        """Reduce over ranks, print, append one line to metrics.jsonl and two rollouts to samples.jsonl (collective)."""
+        gathered: list = [None] * self.dist.world_size
+        td.all_gather_object(gathered, {name: float(value) for name, value in self.sums.items()})
+        names = sorted({name for part in gathered for name in part})
+        total = {name: sum(part.get(name, 0.0) for part in gathered) for name in names}
+        tokens = total.get("completion_tokens/sum", 0.0)
+        for name in [name.removesuffix("/count") for name in names if name.endswith("/count")]:
+            total_sum, count = total.pop(f"{name}/sum"), total.pop(f"{name}/count")
+            if count:
+                total[name] = total_sum / count
+        line = {"step": step, **total, **values}
+        line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
+        if self.seconds.get("update"):
+            line["tokens_per_second_update"] = round(tokens / self.seconds["update"], 1)
+        if self.seconds.get("rollouts"):
+            line["tokens_per_second_rollouts"] = round(tokens / self.seconds["rollouts"], 1)
+        line["peak_memory_mb"] = round(peak_memory_mb(self.dist.device))
+        if self.dist.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            with open(self.out / "samples.jsonl", "a") as file:
+                for r in [r for group in groups[:1] for r in (group[0], group[-1])]:
+                    sample = {"step": step, "id": r.problem.id, "problem": r.problem.text, "completion": r.text}
+                    sample |= {"reward": r.reward, "expert_tokens": r.num_expert_tokens, "tokens": len(r.completion_ids)}
+                    file.write(json.dumps(sample) + "\n")
+            if self.wandb:
+                self.wandb.log(line, step=step)
+        self.print_line(line)
+        self.sums.clear()
+        self.seconds.clear()
+
+    def print_line(self, line: dict[str, float]) -> None:
+        """step 12/500 | reward .412 | ... with every column at a fixed width."""
+        shown = [f"step {line['step']:>4}/{self.cfg.steps}"]
+        if "groups_mixed" in line:
+            shown.append(
+                f"reward {line['reward']:.3f} | mixed {line['groups_mixed']:.2f} solved {line['groups_solved']:.2f} "
+                f"failed {line['groups_failed']:.2f}"
+            )
+        shown.append(f"len {line['completion_tokens']:6.1f}" + (f" cut {line['truncated']:.2f}" if "truncated" in line else ""))
+        shown.append(f"loss {line['loss']:+.4f} entropy {line['entropy']:.3f} grad {line['grad_norm']:.3f}")
+        seconds = " ".join(f"{k[8:]} {v:.1f}s" for k, v in line.items() if k.startswith("seconds_"))
+        shown.append(f"{seconds} {line['peak_memory_mb']} MB")
+        if "test_accuracy" in line:
+            shown.append(f"test accuracy {line['test_accuracy']:.3f}")
+        print0(" | ".join(shown))
+
+    def last(self, step: int, values: dict[str, float]) -> None:
+        """The line of a finished run: the test accuracy of the final policy."""
+        if self.dist.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        print0(f"step {step:>4}/{self.cfg.steps} | done" + "".join(f" | {k.replace('_', ' ')} {v:.3f}" for k, v in values.items()))
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop with Ctrl-C or SIGTERM (collective)."""
+        return bool(all_sum(torch.tensor(float(self.stop)), self.dist).item())
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the device, or the resident peak of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # noqa: PLC0415, not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def describe_run(cfg: object) -> dict:
+    """Everything needed to make a run again: flags, command, commit, versions, hardware, hash of the data."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    data = Path(cfg.data)
+    return {
+        "flags": dataclasses.asdict(cfg),
+        "argv": sys.argv,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores",
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest() if data.is_file() else None,
+    }
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save(log: RunLog, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int, **extra: object) -> None:
+    """Checkpoint to checkpoints/<step>: written aside, renamed when complete, the last `keep` kept (collective).
+
+    step is the next step to run; extra is the method's own state, as JSON.
+    """
+    folder = log.out / "checkpoints" / f"{step:08d}"
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists():
+        return
+    if log.dist.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    td.barrier()
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    td.barrier()
+    if log.dist.rank == 0:
+        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
+        os.replace(partial, folder)
+        for old in complete_checkpoints(log.out)[:-keep]:
+            shutil.rmtree(old)
+    td.barrier()
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.suffix != ".partial")
+
+
+def resume(log: RunLog, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    """Load the newest complete checkpoint of the run, on any number of ranks; (next step, the method's own state).
+
+    Without a checkpoint (a new run, or one killed before its first) the run starts at step 0.
+    """
+    found = complete_checkpoints(log.out) if log.cfg.resume else []
+    state = {"step": 0}
+    if found:
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        loaded = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(loaded, checkpoint_id=found[-1])
+        set_state_dict(policy, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        state = json.loads((found[-1] / "state.json").read_text())
+    if log.cfg.resume:
+        print0(f"resuming {log.out} at step {state['step']}{'' if found else ' (it has no checkpoint yet)'}")
+        log.rewind(state["step"])
+        td.barrier()
+    return state["step"], state
+
+
+def finish(
+    log: RunLog,
+    step: int,
+    values: dict[str, float],
+    policy: Policy,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    source: str,  # the model that the run started from
+) -> None:
+    """End a run: the last line and the exported model, or how to go on after a signal (collective)."""
+    if step == log.cfg.steps:
+        log.last(step, values)
+        export(log, policy, tokenizer, source)
+    else:
+        print0(f"stopped at step {step}; continue with --resume {log.out}")
+    shutdown()
+
+
+def export(log: RunLog, policy: Policy, tokenizer: transformers.PreTrainedTokenizerBase, source: str) -> None:
+    """The trained model as a Hugging Face folder at final/, with the settings.json of the model it came from (collective)."""
+    weights = {name: full_tensor(p).cpu().clone() for name, p in policy.model.named_parameters()}
+    if log.dist.rank == 0:
+        final = log.out / "final"
+        policy.model.save_pretrained(final, state_dict=weights)
+        tokenizer.save_pretrained(final)
+        settings = Path(resolve_model(source)) / "settings.json"
+        if settings.is_file():
+            kept = json.loads(settings.read_text())
+            for key in ("data", "test_data"):
+                if key in kept:
+                    kept[key] = str((settings.parent / kept[key]).resolve())
+            (final / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
+    td.barrier()
+    print0(f"the trained model is in {log.out / 'final'}")

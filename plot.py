@@ -1,0 +1,91 @@
+"""metrics.jsonl files in, one PNG out: reward, test accuracy, length, entropy and what else the methods log.
+
+    python plot.py runs/bread-tiny-* runs/grpo-tiny-* --out comparison.png
+"""
+
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PANELS = {  # key of metrics.jsonl: axis label; those after entropy are drawn only where a run has them
+    "reward": "reward (training)",
+    "test_accuracy": "test accuracy",
+    "completion_tokens": "completion tokens",
+    "entropy": "entropy (nats)",
+    "plain_reward": "reward without a hint",
+    "search_rate": "share of problems searched",
+    "anchor_depth": "anchor depth (share of episodes)",
+    "kl": "KL to the reference",
+}
+
+
+@dataclass
+class Config:
+    runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)  # run folders or metrics.jsonl files
+    out: Path = Path("")  # the PNG; empty: curves.png in the first run's folder
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run; a last line torn by a kill is left out with a notice."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise SystemExit(f"error: there is no {path}")
+    rows = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{path}:{number} is torn and left out")
+    if not rows:
+        raise SystemExit(f"error: {path} holds no step yet")
+    return rows
+
+
+def caption(folder: Path) -> str:
+    """Command and commit of a run, where its config.json tells."""
+    if not (folder / "config.json").is_file():
+        return folder.name
+    config = json.loads((folder / "config.json").read_text())
+    dirty = "+changes" if config["dirty"] else ""
+    return f"{folder.name}: {' '.join([Path(config['argv'][0]).name, *config['argv'][1:]])} @ {config['commit'][:10]}{dirty}"
+
+
+def main(cfg: Config) -> None:
+    if not cfg.runs:
+        raise SystemExit("error: name at least one run folder")
+    folders = [path if path.is_dir() else path.parent for path in cfg.runs]
+    runs = [read_metrics(path) for path in cfg.runs]
+    present = {key for run in runs for row in run for key in row}
+    panels = {key: label for i, (key, label) in enumerate(PANELS.items()) if i < 4 or key in present}
+    rows = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3 * rows + 0.3 * len(runs)), squeeze=False)
+    for axis, (key, label) in zip(axes.flat, panels.items(), strict=False):
+        for folder, run in zip(folders, runs, strict=True):
+            points = [(row["step"], row[key]) for row in run if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if key == "test_accuracy" else "", ms=3, lw=1.2, label=folder.name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        if key in ("reward", "test_accuracy", "plain_reward", "search_rate", "anchor_depth"):
+            axis.set_ylim(-0.02, 1.02)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes.flat[1].legend(fontsize=7, frameon=False)
+    text = "\n".join(textwrap.fill(caption(folder), 150) for folder in folders)
+    figure.text(0.01, 0.005, text, fontsize=6, va="bottom")
+    figure.tight_layout(rect=(0, 0.01 + 0.012 * (text.count("\n") + 1), 1, 1))
+    out = cfg.out if cfg.out.name else folders[0] / "curves.png"
+    figure.savefig(out, dpi=130)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

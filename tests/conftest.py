@@ -1,0 +1,94 @@
+"""Random models of several architectures, a byte-level tokenizer and a world of one process, all made here without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import common  # noqa: E402
+
+torch.set_num_threads(1)
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # far from uniform, so that a wrong position or mask shows
+}
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def random_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "packed"):
+    """Qwen2 (tied), Llama (untied), Qwen3 or Gemma with random weights."""
+    torch.manual_seed(seed)
+    special = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None, "vocab_size": 257}
+    config = {
+        "qwen2": lambda: transformers.Qwen2Config(**SIZES, **special, tie_word_embeddings=True),
+        "llama": lambda: transformers.LlamaConfig(**SIZES, **special, tie_word_embeddings=False),
+        "qwen3": lambda: transformers.Qwen3Config(**SIZES, **special, head_dim=16, tie_word_embeddings=False),
+        "gemma": lambda: transformers.GemmaConfig(**SIZES, **special, head_dim=16),
+    }[architecture]()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+@pytest.fixture(scope="session")
+def dist():
+    yield common.init(0)
+    common.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A Hugging Face folder with random weights, per architecture."""
+
+    def make(architecture: str) -> str:
+        folder = tmp_path_factory.getbasetemp() / f"random-{architecture}"
+        if not folder.exists():
+            random_model(architecture).save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+def problem(prompt: str, answer: str = "1", expert: str | None = None, id: str | None = None) -> common.Problem:
+    tok = byte_tokenizer()
+    expert_ids = None if expert is None else [*tok(expert).input_ids, tok.eos_token_id]
+    return common.Problem(id or prompt, prompt, tok(prompt).input_ids, answer, expert_ids)
+
+
+def run_script(*args: str, nproc: int = 1, check: bool = True, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user does: python, or torchrun for more than one process."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    command = [*(start if nproc > 1 else [sys.executable]), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(args)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done

@@ -1,0 +1,171 @@
+"""What a user brings: the recognised schemas, real GSM8K and Countdown rows, and bad input, which gets one sentence or one count."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+import common
+
+DATA = Path(__file__).parent / "data"
+GOOD = {"problem": "1+1?", "answer": "2", "solution": "1+1\n\\boxed{2}"}
+LIMITS = {"max_prompt_tokens": 100, "max_completion_tokens": 200}
+
+
+def load(tmp_path, rows, tokenizer, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return common.load_problems(str(path), tokenizer, **(LIMITS | {"require_expert": True} | options))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"question": "1+1?", "final_answer": "2", "response": "1+1\n\\boxed{2}"},
+        {"prompt": "1+1?", "answer": 2, "expert": "1+1\n\\boxed{2}"},
+        {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
+        {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "1+1\n\\boxed{2}"}]},
+        {
+            "prompt": [{"role": "system", "content": "think"}, {"role": "user", "content": "1+1?"}],
+            "target": [{"role": "assistant", "content": "1+1\n\\boxed{2}"}],
+            "reward_model": {"ground_truth": "2", "style": "rule"},
+        },
+    ],
+)
+def test_recognised_columns(row, tmp_path, tokenizer):
+    (problem,) = load(tmp_path, [row], tokenizer)
+    assert problem.text == "1+1?" and problem.answer == "2"
+    assert tokenizer.decode(problem.prompt_ids) == "1+1?\n"
+    text = tokenizer.decode(problem.expert_ids)
+    assert text.endswith("\\boxed{2}<eos>") and "1+1" in text
+
+
+def test_named_columns(tmp_path, tokenizer):
+    row = {"q": "1+1?", "a": "2", "e": "\\boxed{2}"}
+    (problem,) = load(tmp_path, [row], tokenizer, columns="problem=q answer=a expert=e")
+    assert problem.text == "1+1?" and problem.answer == "2"
+
+
+def test_parquet_and_gzip(tmp_path, tokenizer):
+    from datasets import Dataset  # noqa: PLC0415
+
+    Dataset.from_list([GOOD]).to_parquet(str(tmp_path / "rows.parquet"))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(json.dumps(GOOD) + "\n")
+    found = [common.load_problems(str(tmp_path / f"rows.{kind}"), tokenizer, **LIMITS) for kind in ("parquet", "jsonl.gz")]
+    assert found[0][0].text == found[1][0].text == "1+1?"
+
+
+def test_gsm8k_rows(tokenizer, capsys):
+    problems = common.load_problems(str(DATA / "gsm8k_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True)
+    assert len(problems) == 24 and "24 expert traces had no \\boxed{}" in capsys.readouterr().out
+    assert problems[0].answer == "72" and tokenizer.decode(problems[0].expert_ids).endswith("in April and May.\n\\boxed{72}<eos>")
+    assert problems[0].expert_ids[-1] == tokenizer.eos_token_id
+
+
+def test_countdown_rows(tokenizer):
+    problems = common.load_problems(str(DATA / "countdown_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True)
+    assert len(problems) == 24 and problems[0].answer == {"target": 98, "nums": [44, 19, 35]}
+    text = tokenizer.decode(problems[0].expert_ids)
+    assert text.endswith("\\boxed{44 + (19 + 35)}<eos>")
+    assert common.verify([text, text.replace("98", "99").replace("35)}", "36)}")], [problems[0].answer] * 2)[0] == [1.0, 0.0]
+    cuts = common.episode_cuts(problems[0], tokenizer, 10, False)
+    assert [tokenizer.decode(problems[0].expert_ids[:c]) for c in cuts[1:3]] == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"problem": "1+1?", "solution": "two"}, "no answer"),
+        ({"answer": "2", "solution": "\\boxed{2}"}, "no problem"),
+        ({"problem": "1+1?", "answer": "2"}, "no solution"),
+        (GOOD | {"problem": "x" * 300}, "prompt over 100 tokens"),
+        (GOOD | {"solution": "x" * 300 + "\\boxed{2}"}, "expert trace over 200 tokens"),
+        (GOOD | {"solution": "\\boxed{3}"}, "expert trace that the verifier rejects"),
+        (GOOD | {"answer": "$ $", "solution": "\\boxed{3}"}, "answer that the verifier cannot parse"),
+    ],
+)
+def test_a_bad_row_is_one_counted_drop(row, reason, tmp_path, tokenizer, capsys):
+    problems = load(tmp_path, [GOOD, row, GOOD], tokenizer)
+    out = capsys.readouterr().out
+    assert len(problems) == 2 and "2 of 3 rows kept" in out
+    assert f"1 dropped: {reason} (first {tmp_path / 'rows.jsonl'}:2)" in out
+
+
+def test_repeated_ids_stay_apart(tmp_path, tokenizer):
+    assert len({p.id for p in load(tmp_path, [GOOD | {"id": "a"}] * 3, tokenizer)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "sentence"),
+    [
+        ([], {}, "no usable row among 0"),
+        ([{"x": 1}], {}, "1 dropped: no problem and no answer and no solution"),
+        ([GOOD], {"columns": "problem=nope"}, "has no column 'nope'; it has problem, answer, solution"),
+        ([GOOD], {"template": "fancy"}, "--template fancy is not one of"),
+        ([GOOD], {"template": "chat"}, "no chat template"),
+        ([GOOD], {"max_prompt_tokens": 2}, "no usable row among 1"),
+    ],
+)
+def test_unusable_data_is_one_sentence(rows, options, sentence, tmp_path, tokenizer):
+    with pytest.raises(SystemExit, match="error: ") as error:
+        load(tmp_path, rows, tokenizer, **options)
+    assert sentence in str(error.value)
+
+
+def test_broken_json_names_file_and_line(tmp_path, tokenizer):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n{broken\n")
+    with pytest.raises(SystemExit, match=r"broken.jsonl:2 is not a JSON object"):
+        common.load_problems(str(path), tokenizer)
+
+
+def test_one_bos_at_most(tokenizer):
+    class WithBos:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = [1] * add_special_tokens + ([1] if text.startswith("<s>") else []) + [2, 3]
+            return type("Encoding", (), {"input_ids": ids})
+
+    assert common.render("hi", WithBos(), "plain")[1] == [1, 2, 3]
+    assert common.render("<s>hi", WithBos(), "plain")[1] == [1, 2, 3]
+    assert common.render("hi", tokenizer, "plain")[1] == tokenizer("hi\n").input_ids
+
+
+def test_qwen_template(tokenizer):
+    text, _ = common.render("1+1?", tokenizer, "qwen_math")
+    assert text == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "tiny", "--data", "missing.jsonl"], "error: there is no data file missing.jsonl"),
+        (["--model", "./missing"], "error: --model ./missing: there is no such folder"),
+        (["--model", "Qwen2.5-1.5B"], "error: --model Qwen2.5-1.5B: no tokenizer could be loaded from Qwen/Qwen2.5-1.5B"),
+        (["--resume", "runs/missing"], "error: --resume runs/missing: there is no run to resume"),
+        (["--model", "tiny", "--sampler", "nope"], "error: --sampler nope is not available"),
+    ],
+)
+def test_scripts_end_with_one_sentence(arguments, sentence, tmp_path):
+    done = run_script("bread.py", *arguments, "--out", str(tmp_path / "run"), check=False)
+    assert done.returncode != 0 and sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_model_without_tokenizer(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((Path(model_folder("qwen2")) / name).read_bytes())
+    data = str(ROOT / "tests/data/gsm8k_sample.jsonl")
+    done = run_script("sft.py", "--model", str(folder), "--data", data, "--out", str(tmp_path / "run"), check=False)
+    assert done.returncode != 0 and f"error: --model {folder}: " in done.stderr and "tokenizer" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,123 @@
+"""The sampler against the trainer: same log-probabilities, same weights after a sync, its own randomness per problem."""
+
+import pytest
+import torch
+from conftest import problem, random_model
+
+import common
+
+
+@pytest.fixture(scope="module")
+def sampler(model_folder, tokenizer, dist):
+    return common.Sampler(model_folder("qwen2"), tokenizer, dist)
+
+
+def questions(n: int) -> list[common.Problem]:
+    return [problem("q" * (1 + 3 * (i % 4)), id=f"id{i}") for i in range(n)]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, dist):
+    """At temperature 0.7 too, with prefixes of unequal length and rows that finish at different times."""
+    tokenizer = common.load_tokenizer(model_folder(architecture))
+    sampler = common.Sampler(model_folder(architecture), tokenizer, dist)
+    policy = common.load_policy(model_folder(architecture), dist)
+    asked = questions(6)
+    prefixes = [[], [5, 6], [7] * 9, [], [8], [9] * 3]
+    groups = sampler.generate(asked, prefixes, 3, 24, temperature, (0, 0, 0))
+    for group, prefix, question in zip(groups, prefixes, asked, strict=True):
+        assert all(r.completion_ids[: len(prefix)] == prefix and r.num_expert_tokens == len(prefix) for r in group)
+        assert all(r.problem is question and len(r.completion_ids) <= 24 for r in group)
+        assert all(r.finished == (r.completion_ids[-1] in sampler.stop_ids) for r in group)
+        assert all(stop not in r.completion_ids[len(prefix) : -1] for r in group for stop in sampler.stop_ids)
+    batch = common.make_batch([r for group in groups for r in group], dist)
+    with torch.no_grad():
+        logprobs, _ = common.token_logprobs(policy, batch, temperature)
+    written = batch.completion_mask & ~batch.expert_mask
+    assert (logprobs - batch.sampler_logprobs)[written].abs().max() < 1e-4
+    if temperature != 1.0:
+        with torch.no_grad():
+            plain, _ = common.token_logprobs(policy, batch, 1.0)
+        assert (plain - batch.sampler_logprobs)[written].abs().max() > 1e-2
+
+
+def test_greedy_is_argmax(sampler, model_folder, dist):
+    question = questions(1)[0]
+    rollout = sampler.generate([question], None, 1, 10, 0.0, (0,))[0][0]
+    model = common.load_model(model_folder("qwen2"), torch.float32, "sdpa")
+    ids = list(question.prompt_ids)
+    for token in rollout.completion_ids:
+        assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax() == token
+        ids.append(token)
+
+
+def test_what_is_sampled_hangs_on_the_problem_alone(sampler):
+    asked = questions(6)
+    together = [[r.completion_ids for r in group] for group in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))]
+    alone = [[r.completion_ids for r in sampler.generate([q], None, 4, 12, 1.0, (0, 3, 0))[0]] for q in asked]
+    assert together == alone
+    backwards = sampler.generate(asked[::-1], None, 4, 12, 1.0, (0, 3, 0))[::-1]
+    assert [[r.completion_ids for r in group] for group in backwards] == together
+
+
+def test_small_batches_change_nothing(sampler, monkeypatch):
+    asked = questions(6)
+    wide = [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))]
+    monkeypatch.setattr(sampler, "max_batch_tokens", 100)
+    assert [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))] == wide
+
+
+@pytest.mark.parametrize("other", [(1, 3, 0), (0, 4, 0), (0, 3, 1)])
+def test_seed_step_and_attempt_differ(sampler, other):
+    asked = questions(3)
+    first = [r.completion_ids for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0)) for r in g]
+    assert [r.completion_ids for g in sampler.generate(asked, None, 4, 12, 1.0, other) for r in g] != first
+    assert len({tuple(ids) for ids in first}) > 9  # rows of a group differ too
+
+
+def test_samples_follow_the_distribution(sampler, model_folder):
+    """First tokens of many samples against the model's probabilities."""
+    question = questions(1)[0]
+    model = common.load_model(model_folder("qwen2"), torch.float32, "sdpa")
+    probs = torch.softmax(model(input_ids=torch.tensor([question.prompt_ids])).logits[0, -1], -1)
+    rows = sampler.generate([question], None, 4000, 1, 1.0, (0,))[0]
+    counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in rows]), minlength=len(probs)) / len(rows)
+    assert (counts - probs).abs().max() < 4 * (0.25 / len(rows)) ** 0.5
+
+
+def test_top_p_keeps_the_nucleus():
+    logp = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
+    assert torch.isfinite(common.nucleus(logp, 0.7)).tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert torch.isfinite(common.nucleus(logp, 0.1)).sum() == 2
+
+
+def test_sync_brings_every_weight(model_folder, tokenizer, dist):
+    sampler = common.Sampler(model_folder("qwen2"), tokenizer, dist)
+    policy = common.shard(random_model("qwen2", seed=5), dist)
+    before = sampler.generate(questions(2), None, 1, 10, 0.0, (0,))
+    sampler.sync(policy)
+    after = sampler.generate(questions(2), None, 1, 10, 0.0, (0,))
+    assert [r.completion_ids for g in before for r in g] != [r.completion_ids for g in after for r in g]
+    theirs = dict(policy.model.named_parameters())
+    assert all(torch.equal(p, common.full_tensor(theirs[name])) for name, p in sampler.model.named_parameters())
+    other = common.shard(random_model("llama"), dist)
+    with pytest.raises(RuntimeError, match="parameters differ"):
+        sampler.sync(other)
+
+
+def test_a_prefix_without_room_is_refused(sampler):
+    with pytest.raises(ValueError, match="no room"):
+        sampler.generate(questions(1), [[1] * 12], 1, 12, 1.0, (0,))
+
+
+def test_draw_sees_every_problem_once_per_epoch_on_any_number_of_ranks():
+    problems = questions(10)
+    for world in (1, 2, 3):
+        ranks = [common.Dist(rank, world, torch.device("cpu")) for rank in range(world)]
+        steps = [[p.id for rank in ranks for p in common.draw(problems, 4, step, 7, rank)] for step in range(5)]
+        assert sorted(sum(steps[:5], [])) == sorted([p.id for p in problems] * 2)
+        assert all(len(set(step)) == 4 for step in steps[:2])
+        single = [{p.id for p in common.draw(problems, 4, step, 7, common.Dist(0, 1, torch.device("cpu")))} for step in range(5)]
+        assert [set(step) for step in steps] == single
+    assert [p.id for p in common.draw(problems, 4, 0, 8, ranks[0])] != [p.id for p in common.draw(problems, 4, 0, 7, ranks[0])]

@@ -1,0 +1,139 @@
+"""The verifier on the traps of math-verify, on hostile items, and on real cases from other projects' suites."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+from common import boxed, countdown_correct, golds_parse, verify
+
+DATA = Path(__file__).parent / "data"
+
+
+def one(box: str, gold: str | dict, **options) -> float:
+    return verify([f"so it is \\boxed{{{box}}}."], [gold], **options)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("box", "gold", "expected"),
+    [
+        ("1024", "2^{10}", 1),  # gold without dollars would parse as 2
+        ("2", "2^{10}", 0),
+        ("3", r"3\sqrt{2}", 0),
+        (r"3\sqrt{2}", r"3\sqrt{2}", 1),
+        (r"\sqrt{18}", r"3\sqrt{2}", 1),
+        (r"\frac{1}{2}", "0.5", 1),
+        ("1/2", r"\frac{1}{2}", 1),
+        ("0.3333", "1/3", 0),
+        ("1,000", "1000", 1),
+        ("073", "73", 1),
+        ("72", "73", 0),
+        ("28\\%", "28", 1),
+        ("-1,200", "-1200", 1),
+        (r"\text{A}", "A", 1),
+        ("x=5", "5", 1),
+        ("(1,2)", "1<x<2", 1),  # the order of verify(gold, prediction) is part of the contract
+        ("1<x<2", "(1,2)", 0),
+        (r"\pi", r"\pi", 1),
+    ],
+)
+def test_answers(box, gold, expected):
+    assert one(box, gold) == expected
+
+
+def test_gold_goes_first():
+    """math-verify reads an inequality against an interval in one order only."""
+    assert [one("(1,2)", "1 < x < 2"), one("1 < x < 2", "(1,2)")] != [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["about 42 apples", "$x=42$", "the answer is 42. Then 7 cats", r"\fbox{42}", r"\boxed{42", r"\boxed{}", r"\boxed{ } 42", ""],
+)
+def test_a_box_is_required(text):
+    assert verify([text], ["42"]) == ([0.0], 0)
+
+
+def test_several_boxes():
+    assert verify([r"\boxed{3} \boxed{4}", r"\boxed{4} or \boxed{4}"], ["4", "4"])[0] == [0.0, 1.0]
+    assert verify([r"\boxed{3} then \boxed{4}", r"\boxed{4} then \boxed{3}"], ["4", "4"], many_boxes="last")[0] == [1.0, 0.0]
+
+
+def test_nested_braces():
+    assert boxed(r"a \boxed{\frac{1}{2}} b \boxed{x_{1}}") == [r"\frac{1}{2}", "x_{1}"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [
+        ("44 + (19 + 35)", True),
+        (r"44 + 19 + 35 = 98", True),
+        ("44+19+35=99", False),
+        (r"35 + 19 \times 1", False),
+        ("98", False),
+        ("44 + 19 + 19 + 16", False),
+        ("44 + 19 + 35 + 0", False),
+        ("44 + 54", False),
+        ("44 / (19 - 19) + 35", False),
+        ("__import__('os').getpid()", False),
+        ("(44).real + 19 + 35", False),
+        ("9**9**9**9", False),
+        ("-(-44) + 19 + 35", False),
+        ("((((((" * 40, False),
+        ("44 + + 19", False),
+    ],
+)
+def test_countdown(equation, expected):
+    assert countdown_correct(equation, 98, [44, 19, 35]) is expected
+    assert one(equation, {"target": 98, "nums": [44, 19, 35]}) == expected
+
+
+def test_unparsable_gold_is_found():
+    assert golds_parse(["12", r"\frac{1}{2}", "", "   ", {"target": 3, "nums": [1, 2]}]) == [True, True, False, False, True]
+
+
+def test_hung_and_crashing_items_are_counted_and_the_next_item_works(monkeypatch):
+    common.close_verifier()
+    started = time.monotonic()
+    scores, errors = verify([r"\boxed{10000000!}", r"\boxed{\frac{2}{4}}"], [r"\frac{1}{3}", r"\frac{1}{2}"], time_limit=1.5)
+    assert scores[1] == 1.0 and scores[0] == 0.0
+    assert errors <= 1 and time.monotonic() - started < 20
+
+
+def hang_or_crash(item):
+    if item[1] == "hang":
+        time.sleep(60)
+    if item[1] == "crash":
+        __import__("os")._exit(3)
+    if item[1] == "raise":
+        raise KeyError("poison")
+    return True
+
+
+def test_worker_death_timeout_and_exception(monkeypatch):
+    monkeypatch.setattr(common, "check_item", hang_or_crash)
+    common.close_verifier()
+    texts = [f"\\boxed{{{word}}}" for word in ("fine", "hang", "crash", "raise", "fine")]
+    scores, errors = verify(texts, ["gold"] * 5, time_limit=1.0)
+    assert scores == [1.0, 0.0, 0.0, 0.0, 1.0] and errors == 3
+    common.close_verifier()
+
+
+def test_from_a_thread():
+    result = []
+    thread = threading.Thread(target=lambda: result.append(verify([r"\boxed{\frac{2}{4}}"], [r"\frac{1}{2}"])))
+    thread.start()
+    thread.join(30)
+    assert result == [([1.0], 0)]
+
+
+def test_real_cases():
+    """Verdicts of other projects' suites; the known disagreements are listed in the file with the reason."""
+    rows = [json.loads(line) for line in (DATA / "verifier_sample.jsonl").read_text().splitlines()]
+    scores, errors = verify([f"\\boxed{{{row['pred']}}}" for row in rows], [row["gold"] for row in rows])
+    disagreements = {row["id"] for row, score in zip(rows, scores, strict=True) if bool(score) != row["expected"]}
+    assert disagreements == {row["id"] for row in rows if "we_differ" in row}
+    assert errors == 0 and len(rows) >= 30
