@@ -259,6 +259,7 @@ def shard(model: transformers.PreTrainedModel, dist: Dist, checkpoint_activation
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     return policy
 
 
@@ -1126,7 +1127,7 @@ class RunLog:
             total_sum, count = total.pop(f"{name}/sum"), total.pop(f"{name}/count")
             if count:
                 total[name] = total_sum / count
-        line = {"step": step, **total, **values}
+        line = {"step": step, "loss": 0.0, **total, **values}  # no loss was added when every group was left out
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
         if self.seconds.get("update"):
             line["tokens_per_second_update"] = round(tokens / self.seconds["update"], 1)
@@ -1156,7 +1157,8 @@ class RunLog:
                 f"failed {line['groups_failed']:.2f}"
             )
         shown.append(f"len {line['completion_tokens']:6.1f}" + (f" cut {line['truncated']:.2f}" if "truncated" in line else ""))
-        shown.append(f"loss {line['loss']:+.4f} entropy {line['entropy']:.3f} grad {line['grad_norm']:.3f}")
+        entropy = f"entropy {line['entropy']:.3f}" if "entropy" in line else "no row to train on"
+        shown.append(f"loss {line['loss']:+.4f} {entropy} grad {line['grad_norm']:.3f}")
         seconds = " ".join(f"{k[8:]} {v:.1f}s" for k, v in line.items() if k.startswith("seconds_"))
         shown.append(f"{seconds} {line['peak_memory_mb']} MB")
         if "test_accuracy" in line:
@@ -1285,9 +1287,8 @@ def export(log: RunLog, policy: Policy, tokenizer: transformers.PreTrainedTokeni
         settings = Path(resolve_model(source)) / "settings.json"
         if settings.is_file():
             kept = json.loads(settings.read_text())
-            for key in ("data", "test_data"):
-                if key in kept:
-                    kept[key] = str((settings.parent / kept[key]).resolve())
+            for section in (kept, *(value for value in kept.values() if isinstance(value, dict))):
+                section |= {k: str((settings.parent / section[k]).resolve()) for k in ("data", "test_data") if k in section}
             (final / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
     td.barrier()
     print0(f"the trained model is in {log.out / 'final'}")

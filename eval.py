@@ -1,7 +1,7 @@
 """Accuracy of a model folder on a file of problems: avg@n with an interval, pass@k, and the protocol that made them.
 
     python eval.py --model runs/bread-tiny-x/final                       on the test problems of its settings.json
-    torchrun --nproc_per_node 8 eval.py --model Qwen2.5-1.5B-Instruct --test_data HuggingFaceH4/MATH-500 --n 4
+    torchrun --nproc_per_node 8 eval.py --model Qwen2.5-1.5B-Instruct --data HuggingFaceH4/MATH-500 --samples 4
 """
 
 import dataclasses
@@ -21,16 +21,15 @@ import common
 @dataclass
 class Config:
     model: str = "tiny"  # model folder, hub name, or tiny (bundled)
-    data: str = ""  # problems: file or hub name; empty: test_data
-    test_data: str = "HuggingFaceH4/MATH-500"  # what a model folder's settings.json fills in
+    data: str = "HuggingFaceH4/MATH-500"  # problems: file or hub name; a model folder's settings.json may name its own
     out: str = ""  # JSON report, samples beside it; empty: eval-<data>.json in the model's folder (or here, for a hub name)
-    n: int = 8  # samples per problem
-    k: tuple[int, ...] = (1, 4, 8)  # of pass@k; those above n are left out
+    samples: int = 8  # per problem, the n of avg@n (torchrun reads --n as its own)
+    k: tuple[int, ...] = (1, 4, 8)  # of pass@k; those above samples are left out
     temperature: float = 0.6
     top_p: float = 1.0
     greedy: bool = False  # temperature 0 and one sample
     max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
-    max_completion_tokens: int = 8192
+    max_tokens: int = 8192  # of a completion
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
     many_boxes: str = "zero"  # several different boxes: zero, or last to take the last one
@@ -76,18 +75,16 @@ def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict:
 
 def main(cfg: Config) -> None:
     dist = common.init(cfg.seed)
-    n, temperature = (1, 0.0) if cfg.greedy else (cfg.n, cfg.temperature)
+    n, temperature = (1, 0.0) if cfg.greedy else (cfg.samples, cfg.temperature)
     tokenizer = common.load_tokenizer(cfg.model)
-    data = cfg.data or cfg.test_data
-    limits = {"max_prompt_tokens": cfg.max_prompt_tokens, "max_completion_tokens": cfg.max_completion_tokens}
-    problems = common.load_problems(data, tokenizer, cfg.template, cfg.columns, **limits, split="test")
+    problems = common.load_problems(cfg.data, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
     sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
     samples, errors = {}, 0
     mine = range(dist.rank, len(problems), dist.world_size)
     for start in tqdm(range(0, len(mine), 64), desc="problems x 64", disable=None):
         chosen = mine[start : start + 64]
         asked = [problems[i] for i in chosen]
-        groups = sampler.generate(asked, None, n, cfg.max_completion_tokens, temperature, (cfg.seed,), cfg.top_p)
+        groups = sampler.generate(asked, None, n, cfg.max_tokens, temperature, (cfg.seed,), cfg.top_p)
         flat = [rollout for group in groups for rollout in group]
         scores, failed = common.verify([r.text for r in flat], [r.problem.answer for r in flat], cfg.many_boxes)
         errors += failed
@@ -110,10 +107,9 @@ def main(cfg: Config) -> None:
         samples = {i: group for part, _ in gathered for i, group in part.items()}
         groups = [samples[i] for i in sorted(samples)]
         result = summarize(groups, cfg.k, cfg.seed) | {"verifier_errors": sum(failed for _, failed in gathered)}
-        file = Path(data)
+        file = Path(cfg.data)
         protocol = dataclasses.asdict(cfg) | {
-            "data": data,
-            "n": n,
+            "samples": n,
             "temperature": temperature,
             "stop_ids": sampler.stop_ids,
             "data_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,

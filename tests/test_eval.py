@@ -49,7 +49,7 @@ def test_table_by_hand():
 def test_eval_script(nproc, tmp_path):
     """The same samples and so the same report on one and two processes."""
     out = tmp_path / "report.json"
-    done = run_script("eval.py", "--model", "tiny", "--n", "2", "--temperature", "1.0", "--out", str(out), nproc=nproc)
+    done = run_script("eval.py", "--model", "tiny", "--samples", "2", "--temperature", "1.0", "--out", str(out), nproc=nproc)
     report = json.loads(out.read_text())
     samples = [json.loads(line) for line in (tmp_path / "report.samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * report["result"]["problems"] == 128 and "avg@2" in done.stdout
@@ -64,7 +64,7 @@ def test_eval_script(nproc, tmp_path):
 def test_greedy(tmp_path):
     out = tmp_path / "greedy.json"
     run_script("eval.py", "--model", "tiny", "--greedy", "--data", str(ROOT / "tiny/test.jsonl"), "--out", str(out))
-    assert json.loads(out.read_text())["protocol"]["n"] == 1
+    assert json.loads(out.read_text())["protocol"]["samples"] == 1
 
 
 def test_plot(tmp_path):
