@@ -61,7 +61,7 @@ def write_out(start: int, steps: list[tuple[str, int]], noise: random.Random | N
 
 
 def make_problems(leap: int) -> dict[str, list[dict]]:
-    """Both splits, without a common problem."""
+    """Both splits, without a common problem and without the running totals 0 and 5."""
     rng, seen, splits = random.Random(SEED), set(), {}
     for split, count, kinds in (
         ("train", TRAIN_PROBLEMS, TRAIN_MULTIPLICATIONS),
@@ -71,7 +71,7 @@ def make_problems(leap: int) -> dict[str, list[dict]]:
         while len(rows) < count:
             multiplications = kinds[len(rows) % len(kinds)]
             problem, solution, answer = write_out(*chain(rng, multiplications, rng.choice(ADD_STEPS)), leap=leap)
-            if problem not in seen:
+            if problem not in seen and not set(answer) & {"0", "5"}:  # both survive every product: "always 5" would be right
                 seen.add(problem)
                 row = {"id": f"tiny/{split}/{len(rows):03d}", "problem": problem, "answer": answer, "solution": solution}
                 rows.append({**row, "meta": {"multiplications": multiplications}})
@@ -129,6 +129,7 @@ def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leap", type=int, default=1, help="fuse this many steps of an expert trace into one line")
+    parser.add_argument("--problems", action="store_true", help="make the problems only, keep the model")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,8 @@ def main() -> None:
         return
     for split, rows in make_problems(1).items():
         write_jsonl(options.out / f"{split}.jsonl", rows)
+    if options.problems:
+        return
     tokenizer = make_tokenizer()
     train_base(tokenizer).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
