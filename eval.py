@@ -1,7 +1,7 @@
 """Accuracy of a model folder on a file of problems: avg@n with an interval, pass@k, and the protocol that made them.
 
-    python eval.py --model runs/bread-tiny-x/final                       on the test problems of its settings.json
-    torchrun --nproc_per_node 8 eval.py --model Qwen2.5-1.5B-Instruct --data HuggingFaceH4/MATH-500 --samples 4
+python eval.py --model runs/bread-tiny-x/final                       on the test problems of its settings.json
+torchrun --nproc_per_node 8 eval.py --model Qwen2.5-1.5B-Instruct --data HuggingFaceH4/MATH-500 --samples 4
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """metrics.jsonl files in, one PNG out: reward, test accuracy, length, entropy and what else the methods log.
 
-    python plot.py runs/bread-tiny-* runs/grpo-tiny-* --out comparison.png
+python plot.py runs/bread-tiny-* runs/grpo-tiny-* --out comparison.png
 """
 
 import json

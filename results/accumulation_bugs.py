@@ -4,9 +4,11 @@ correct        sum of all token losses / tokens of all micro-batches
 first_last     only the first and the last micro-batch arrive, the denominator stays: DeepSpeed ZeRO-2 with CPU-offloaded
                optimizer, v0.15.2 to v0.18.9 (introduced by deepspeedai/DeepSpeed#6550, fixed by #7967)
 first_only     only the first arrives: the wording of some summaries of the same bug
-mean_of_means  the mean of each micro-batch's own token mean: OpenRLHF up to v0.10.3 (fixed by OpenRLHF/OpenRLHF#1249), and many others
+mean_of_means  the mean of each micro-batch's own token mean: OpenRLHF up to v0.10.3 (fixed by its #1249), and many others
 
-Limozin et al. 2026 (arXiv 2604.23747) show that these two lowered the published SFT baselines. Run: python results/accumulation_bugs.py
+Limozin et al. 2026 (arXiv 2604.23747) show that these two lowered the published SFT baselines.
+
+    python results/accumulation_bugs.py
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The anchor search with a deterministic fake policy, the cuts of an expert trace, and what the expert's tokens are not: targets."""
+"""The anchor search with a deterministic fake policy, the cuts of an expert trace, and that expert tokens are no target."""
 
 import itertools
 import math
@@ -100,7 +100,10 @@ def test_a_group_has_one_anchor_and_its_advantages_sum_to_zero():
 
 def test_the_prefix_gets_no_gradient(dist):
     """Changing log-probabilities on the prefix changes neither loss nor gradient elsewhere; its own gradient is zero."""
-    rows = [common.Rollout(problem("p"), [5, 6, 7, 0], 2, advantage=1.0), common.Rollout(problem("p"), [5, 6, 8, 9, 0], 2, advantage=-1.0)]
+    rows = [
+        common.Rollout(problem("p"), [5, 6, 7, 0], 2, advantage=1.0),
+        common.Rollout(problem("p"), [5, 6, 8, 9, 0], 2, advantage=-1.0),
+    ]
     batch = common.make_batch(rows, dist)
     results = []
     for shift in (0.0, -3.0):
@@ -130,7 +133,9 @@ def test_cuts_are_on_tokens_and_lines(tokenizer):
     assert [text.count("\n") for text in shown[1:]] == [round(i * 23 / 10) for i in range(1, 10)]
 
 
-@pytest.mark.parametrize(("trace", "pieces"), [("a\nb\n\\boxed{1}", 3), ("One. Two! Three \\boxed{1}", 3), ("nothing to cut \\boxed{1}", 1)])
+@pytest.mark.parametrize(
+    ("trace", "pieces"), [("a\nb\n\\boxed{1}", 3), ("One. Two! Three \\boxed{1}", 3), ("nothing to cut \\boxed{1}", 1)]
+)
 def test_few_pieces(trace, pieces, tokenizer):
     cuts = common.episode_cuts(problem("q", expert=trace), tokenizer, 10, False)
     assert len(cuts) == pieces + 1

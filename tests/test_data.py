@@ -1,4 +1,4 @@
-"""What a user brings: the recognised schemas, real GSM8K and Countdown rows, and bad input, which gets one sentence or one count."""
+"""What a user brings: the recognised schemas, real GSM8K and Countdown rows, and bad input: one sentence or one count."""
 
 import gzip
 import json

@@ -28,7 +28,9 @@ def test_packed_padded_and_alone_agree(architecture, temperature, tokenizer, dis
     alone_total = 0
     for b, line in enumerate(lines):
         start, length = len(batch.prompt_ids[b]), batch.lengths[b]
-        alone = torch.log_softmax(stock(input_ids=torch.tensor([line]), use_cache=False).logits[0] / temperature, -1)[start - 1 : -1]
+        alone = torch.log_softmax(stock(input_ids=torch.tensor([line]), use_cache=False).logits[0] / temperature, -1)[
+            start - 1 : -1
+        ]
         left = torch.log_softmax(padded_logits[b, width - len(line) :] / temperature, -1)[start - 1 : -1]
         targets = torch.tensor(line[start:])[:, None]
         assert torch.allclose(logprobs[b, :length], alone.gather(1, targets)[:, 0], atol=1e-10)
@@ -49,7 +51,11 @@ def test_a_neighbour_does_not_leak(tokenizer, dist):
     before, _ = common.token_logprobs(policy, common.make_batch(batch, dist), 1.0)
     batch[1].completion_ids = [9] * 2
     after, _ = common.token_logprobs(policy, common.make_batch(batch, dist), 1.0)
-    assert torch.equal(before[0], after[0]) and torch.allclose(before[2], after[2], atol=1e-12) and not torch.equal(before[1], after[1])
+    assert (
+        torch.equal(before[0], after[0])
+        and torch.allclose(before[2], after[2], atol=1e-12)
+        and not torch.equal(before[1], after[1])
+    )
 
 
 def test_masks(tokenizer, dist):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-SMALL = "--model tiny --steps 6 --problems_per_step 4 --save_every 2 --eval_every 3 --keep 2".split()
+SMALL = ["--model", "tiny", "--steps", "6", "--problems_per_step", "4", "--save_every", "2", "--eval_every", "3", "--keep", "2"]
 ONLINE = ["--group_size", "4", "--updates_per_step", "2", "--zero_variance", "keep"]
 EXTRA = {"bread": ONLINE, "grpo": [*ONLINE, "--kl_coef", "0.1"], "sft": []}
 

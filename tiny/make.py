@@ -1,7 +1,7 @@
 """Make the bundled world again: tokenizer, problems and base model, all from one seed. See README.md beside this file.
 
-    python tiny/make.py                    all files, about two minutes on one core
-    python tiny/make.py --leap 2           only train_leap2.jsonl: expert traces with two steps fused into one line
+python tiny/make.py                    all files, about two minutes on one core
+python tiny/make.py --leap 2           only train_leap2.jsonl: expert traces with two steps fused into one line
 """
 
 import argparse
