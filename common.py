@@ -78,8 +78,8 @@ def init(seed: int) -> Dist:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does, so that both give the same numbers; set it for a larger model
     if not td.is_initialized():
         store = None if "RANK" in os.environ else td.HashStore()  # a world of one needs no port
         td.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
