@@ -1,6 +1,8 @@
 """The verifier on the traps of math-verify, on hostile items, and on real cases from other projects' suites."""
 
+import asyncio
 import json
+import random
 import threading
 import time
 from pathlib import Path
@@ -122,12 +124,56 @@ def test_worker_death_timeout_and_exception(monkeypatch):
     common.close_verifier()
 
 
+def test_a_power_tower_does_not_stop_the_next_item():
+    scores, errors = verify([r"\boxed{9^{9^{9^{9^{9}}}}}", r"\boxed{0.5}"], ["1/7", "1/2"], time_limit=1.5)
+    assert scores == [0.0, 1.0] and errors <= 1
+
+
 def test_from_a_thread():
     result = []
     thread = threading.Thread(target=lambda: result.append(verify([r"\boxed{\frac{2}{4}}"], [r"\frac{1}{2}"])))
     thread.start()
     thread.join(30)
     assert result == [([1.0], 0)]
+
+
+def test_from_a_worker_thread_of_an_event_loop():
+    async def main() -> tuple[list[float], int]:
+        return await asyncio.to_thread(verify, [r"\boxed{\frac{2}{4}}", r"\boxed{3/4}"], [r"\frac{1}{2}", r"\frac{1}{2}"])
+
+    common.close_verifier()  # so that the pool is made in the thread
+    assert asyncio.run(main()) == ([1.0, 0.0], 0)
+
+
+def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
+    """The one documented difference: equal strings are right even where math-verify can read neither."""
+    rng = random.Random(0)
+    pairs = []
+    for digits in (1, 2, 3, 6, 17):
+        for _ in range(20):
+            number = rng.randrange(10**digits)
+            pairs += [(str(number), other) for other in (f"{number}", f"0{number}", f"{number + 1}", f"{number}00")]
+    slow = [common.check_item(pair) for pair in pairs]
+    monkeypatch.setattr(common, "check_items", lambda items, *_: ([False] * len(items), len(items)))
+    scores, asked = verify([f"\\boxed{{{box}}}" for _, box in pairs], [gold for gold, _ in pairs])
+    assert asked == 0 and scores == [float(verdict) for verdict in slow]
+
+
+@pytest.mark.parametrize(
+    ("gold", "box"), [(r"\text{Yes}", "Yes"), (r"\infty", r"\infty"), ("[1,2)", "[1,2)"), (r"\{1,2\}", r"\{2,1\}")]
+)
+def test_golds_that_math_verify_reads_only_between_dollars(gold, box):
+    assert golds_parse([gold]) == [True] and one(box, gold) == 1
+
+
+@pytest.mark.parametrize(("box", "expected"), [("28\\%", 1), ("0.28", 1), ("0.2801", 0), ("2800\\%", 0)])
+def test_a_percent_gold_accepts_both_readings(box, expected):
+    assert one(box, "28\\%") == expected
+
+
+@pytest.mark.parametrize("box", ["3, 4", "3 or 4", r"3 \text{ or } 4", r"\text{3 and 4}", "3; 4"])
+def test_several_guesses_in_one_box_are_wrong(box):
+    assert one(box, "3") == one(box, "4") == 0
 
 
 def test_real_cases():
