@@ -20,8 +20,10 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -731,63 +733,61 @@ def episode_cuts(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBa
 # Verifier
 # ----------------------------------------------------------------------------------------------------------------------
 
+BRACES = re.compile(r"\\boxed\{|\\(?!\\boxed\{)[\\{}]|[{}]")  # \{ and \} are characters of a set, not braces
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "×": "*", "÷": "/", "−": "-"}
+
 _pool: pebble.ProcessPool | None = None
 _pool_lock = threading.Lock()
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of every closed, non-empty \boxed{...} with balanced braces, in order. \fbox is not a box."""
-    found, start = [], text.find("\\boxed{")
-    while start >= 0:
-        depth, end = 1, start + len("\\boxed{")
-        while end < len(text) and depth:
-            depth += (text[end] == "{") - (text[end] == "}")
-            end += 1
-        content = text[start + len("\\boxed{") : end - 1].strip()
-        if depth == 0 and content:
-            found.append(content)
-        start = text.find("\\boxed{", start + 1)
-    return found
+    r"""The contents of every closed, non-empty outermost \boxed{...} in order. \fbox is not a box. One pass: samples loop."""
+    opened, spans, found = [], [], []
+    for token in BRACES.finditer(text):
+        if token[0] in ("{", r"\boxed{"):
+            opened.append(token)
+        elif token[0] == "}" and opened and (start := opened.pop())[0] != "{":
+            spans.append((start.end(), token.start()))
+    last = -1
+    for start, end in sorted(spans):
+        if start > last:
+            last = end
+            found.append(text[start:end].strip())
+    return [content for content in found if content]
 
 
 def plain_integer(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 100
+    return text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 100
 
 
 def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     """Whether an equation over + - * / hits the target and uses each number exactly once. A whitelisted walk, never eval."""
-    for latex, plain in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), (r"\left", ""), (r"\right", ""), ("−", "-")):
+    for latex, plain in LATEX.items():
         equation = equation.replace(latex, plain)
-    left, _, right = equation.partition("=")
+    left, equals, right = equation.partition("=")
+    if len(equation) > 200 or (equals and right.strip() != str(target)) or not re.fullmatch(r"[0-9+*/() -]+", left):
+        return False  # the characters keep out 0x2C, 4_4 and comments, which Python would read
     used = []
 
     def walk(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Expression):
-            return walk(node.body)
         if isinstance(node, ast.Constant) and type(node.value) is int:
             used.append(node.value)
             return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult, ast.Div):
-            a, b = walk(node.left), walk(node.right)
-            if isinstance(node.op, ast.Add):
-                return a + b
-            if isinstance(node.op, ast.Sub):
-                return a - b
-            return a * b if isinstance(node.op, ast.Mult) else a / b
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
         raise ValueError(f"{type(node).__name__} is not allowed")
 
-    if len(equation) > 200 or (right.strip() and right.strip() != str(target)):
-        return False
     try:
-        value = walk(ast.parse(left.strip(), mode="eval"))
+        value = walk(ast.parse(left.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False  # not an equation: a wrong answer, not an error of the verifier
     return value == target and sorted(used) == sorted(nums)
 
 
 def parse_gold(answer: str) -> list:
-    """math-verify reads `2^{10}` or `3\\sqrt{2}` right only between dollars."""
-    return math_verify.parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
+    r"""math-verify reads `2^{10}`, `3\sqrt{2}` or `\$18` right only between dollars."""
+    return math_verify.parse(answer if re.search(r"(?<!\\)\$", answer) else f"${answer}$", parsing_timeout=None)
 
 
 def check_item(item: tuple[str, str | None]) -> bool:
@@ -808,31 +808,33 @@ def check_items(items: list[tuple[str, str | None]], time_limit: float, progress
     with _pool_lock:
         if _pool is None or not _pool.active:
             _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=multiprocessing.get_context("fork"))
-            atexit.register(close_verifier)
+        futures = [_pool.schedule(check_item, args=[item], timeout=time_limit) for item in items]
     verdicts, errors = [], 0
-    futures = [_pool.schedule(check_item, args=[item], timeout=time_limit) for item in items]
     for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
-        try:
-            verdicts.append(future.result())
-        except Exception as error:  # whatever a worker raised, hung on or died of is this item's verdict, and is counted
+        error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired where it died
+        if error is not None:
             print0(f"verifier error: {first_line(error)}")
-            verdicts.append(False)
             errors += 1
+        verdicts.append(error is None and future.result())
     return verdicts, errors
 
 
 def close_verifier() -> None:
     """Stop the worker processes."""
     global _pool
-    if _pool is not None:
-        _pool.stop()
-        _pool.join()
-        _pool = None
+    with _pool_lock:
+        if _pool is not None:
+            _pool.stop()
+            _pool.join()
+            _pool = None
+
+
+atexit.register(close_verifier)
 
 
 def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
-    """Whether the verifier can read each gold answer; digits and Countdown rows need no parser."""
-    asked = [i for i, answer in enumerate(answers) if isinstance(answer, str) and not plain_integer(answer)]
+    """Whether the verifier can read each gold answer; plain integers and Countdown rows need no parser."""
+    asked = [i for i, answer in enumerate(answers) if isinstance(answer, str) and not plain_integer(answer.strip())]
     verdicts, _ = check_items([(answers[i], None) for i in asked], time_limit, "parsing answers")
     readable = [True] * len(answers)
     for i, verdict in zip(asked, verdicts, strict=True):
@@ -862,7 +864,7 @@ def verify(
             scores[i] = float(countdown_correct(box, answer["target"], answer["nums"]))
         elif box == answer.strip():
             scores[i] = 1.0
-        elif plain_integer(box) and plain_integer(answer):
+        elif plain_integer(box) and plain_integer(answer.strip()):
             scores[i] = float(int(box) == int(answer))
         else:
             asked.append((i, answer, box))

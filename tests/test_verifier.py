@@ -40,6 +40,11 @@ def one(box: str, gold: str | dict, **options) -> float:
         ("(1,2)", "1<x<2", 1),  # the order of verify(gold, prediction) is part of the contract
         ("1<x<2", "(1,2)", 0),
         (r"\pi", r"\pi", 1),
+        ("18", r"\$18", 1),  # an escaped dollar does not delimit
+        ("1000", r"\$1,000", 1),
+        ("19", r"\$18", 0),
+        ("-5", "-5", 1),
+        ("-6", "-5", 0),
     ],
 )
 def test_answers(box, gold, expected):
@@ -66,6 +71,18 @@ def test_several_boxes():
 
 def test_nested_braces():
     assert boxed(r"a \boxed{\frac{1}{2}} b \boxed{x_{1}}") == [r"\frac{1}{2}", "x_{1}"]
+    assert boxed(r"\boxed{\boxed{3}} \boxed{\left\{1, 2\right.} \boxed{4 or \boxed{5}") == [
+        r"\boxed{3}",
+        r"\left\{1, 2\right.",
+        "5",
+    ]
+    assert boxed(r"{ } } \boxed{6}") == ["6"]
+
+
+def test_a_sample_that_loops_on_open_boxes_is_read_in_one_pass():
+    started = time.monotonic()
+    assert boxed("\\boxed{" * 10000) == []
+    assert time.monotonic() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +103,14 @@ def test_nested_braces():
         ("-(-44) + 19 + 35", False),
         ("((((((" * 40, False),
         ("44 + + 19", False),
+        (r"44 \cdot 1 + 54", False),
+        ("44 + 19 + 35 =", False),
+        ("44 + 19 + 35 # 98", False),
+        ("0x2C + 19 + 35", False),  # Python reads these three as 44
+        ("4_4 + 19 + 35", False),
+        ("0o54 + 19 + 35", False),
+        ("44 + 19 // 1 + 35", False),
+        (r"\left(44 + 19\right) + 35", True),
     ],
 )
 def test_countdown(equation, expected):
@@ -94,7 +119,15 @@ def test_countdown(equation, expected):
 
 
 def test_unparsable_gold_is_found():
-    assert golds_parse(["12", r"\frac{1}{2}", "", "   ", {"target": 3, "nums": [1, 2]}]) == [True, True, False, False, True]
+    assert golds_parse(["12", "-7", r"\frac{1}{2}", r"\$18", "", "   ", {"target": 3, "nums": [1, 2]}]) == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_hung_and_crashing_items_are_counted_and_the_next_item_works(monkeypatch):
@@ -152,7 +185,9 @@ def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
     for digits in (1, 2, 3, 6, 17):
         for _ in range(20):
             number = rng.randrange(10**digits)
-            pairs += [(str(number), other) for other in (f"{number}", f"0{number}", f"{number + 1}", f"{number}00")]
+            pairs += [
+                (str(number), other) for other in (f"{number}", f"-{number + 1}", f"0{number}", f"{number + 1}", f"{number}00")
+            ]
     slow = [common.check_item(pair) for pair in pairs]
     monkeypatch.setattr(common, "check_items", lambda items, *_: ([False] * len(items), len(items)))
     scores, asked = verify([f"\\boxed{{{box}}}" for _, box in pairs], [gold for gold, _ in pairs])
