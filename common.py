@@ -46,7 +46,12 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -548,7 +553,7 @@ class Rollout:
     problem: Problem
     completion_ids: list[int]
     num_expert_tokens: int = 0
-    sampler_logprobs: list[float] | None = None  # one per policy token, as the sampler saw them
+    sampler_logprobs: list[float] = dataclasses.field(default_factory=list)  # one per policy token, as the sampler saw them
     text: str = ""
     finished: bool = False  # ends with EOS; a completion that hit the length limit does not
     reward: float = 0.0
@@ -556,10 +561,10 @@ class Rollout:
     old_logprobs: Tensor | None = None  # (completion length,), of the policy that made the batch
 
 
-def expert_rollout(problem: Problem, num_tokens: int | None = None) -> Rollout:
-    """The expert's completion, or its first num_tokens tokens."""
-    ids = problem.expert_ids[:num_tokens]
-    return Rollout(problem, ids, len(ids), finished=len(ids) == len(problem.expert_ids))
+def expert_rollout(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase) -> Rollout:
+    """The expert's whole completion, which every token of is the expert's."""
+    text = tokenizer.decode(problem.expert_ids, skip_special_tokens=True)
+    return Rollout(problem, problem.expert_ids, len(problem.expert_ids), text=text, finished=True)
 
 
 def group_seed(seed: tuple[int, ...], problem_id: str) -> int:
@@ -929,6 +934,20 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
     return torch.minimum(plain, clipped), (clipped < plain)
 
 
+def truncated_importance(old_logprobs: Tensor, batch: "Batch", cap: float, log: "RunLog") -> Tensor:
+    """min(pi_old / pi_sampler, cap) on policy tokens, (B, T), constant; 1 on expert tokens and everywhere at cap 0.
+
+    The sampler computes in another engine or precision, so its samples are slightly off-policy. Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training"; verl #2953. The mismatch is logged at any cap.
+    """
+    sampled = batch.completion_mask & ~batch.expert_mask
+    ratio = torch.where(sampled, old_logprobs.detach() - batch.sampler_logprobs, 0.0).exp()
+    log.add_mean("sampler_ratio", ratio[sampled].tolist())
+    log.add_mean("sampler_ratio_off", ((ratio[sampled] - 1).abs() > 0.1).tolist())
+    log.add_max(sampler_ratio_max=ratio[sampled].max().item() if sampled.any() else 0.0)
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from the sampled token, (B, T). Schulman 2020, "Approximating KL".
 
@@ -959,7 +978,7 @@ class Batch:
     completion_mask: Tensor  # (B, T) bool; all False in a filler row
     expert_mask: Tensor  # (B, T) bool; tokens that the expert wrote
     old_logprobs: Tensor | None  # (B, T), of the policy that made the batch
-    sampler_logprobs: Tensor | None  # (B, T), as the sampler saw its tokens; 0 on expert tokens
+    sampler_logprobs: Tensor  # (B, T), as the sampler saw its tokens; 0 on expert tokens
     rewards: Tensor  # (B,)
     advantages: Tensor  # (B,)
 
@@ -977,7 +996,6 @@ def make_batch(rollouts: list[Rollout], dist: Dist, filler: bool = False) -> Bat
         return out.to(dist.device)
 
     has_old = all(r.old_logprobs is not None for r in rollouts)
-    has_sampler = all(r.sampler_logprobs is not None for r in rollouts)
     return Batch(
         rollouts=rollouts,
         prompt_ids=[r.problem.prompt_ids for r in rollouts],
@@ -986,9 +1004,7 @@ def make_batch(rollouts: list[Rollout], dist: Dist, filler: bool = False) -> Bat
         completion_mask=pad([[not filler] * length for length in lengths], torch.bool),
         expert_mask=pad([[True] * r.num_expert_tokens for r in rollouts], torch.bool),
         old_logprobs=pad([r.old_logprobs for r in rollouts], torch.float32) if has_old else None,
-        sampler_logprobs=(
-            pad([[0.0] * r.num_expert_tokens + r.sampler_logprobs for r in rollouts], torch.float32) if has_sampler else None
-        ),
+        sampler_logprobs=pad([[0.0] * r.num_expert_tokens + r.sampler_logprobs for r in rollouts], torch.float32),
         rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float32, device=dist.device),
         advantages=torch.tensor([r.advantage for r in rollouts], dtype=torch.float32, device=dist.device),
     )
@@ -1061,6 +1077,7 @@ class RunLog:
 
     def __init__(self, cfg: object, script: str, dist: Dist):
         self.dist, self.cfg, self.sums, self.seconds = dist, cfg, defaultdict(float), defaultdict(float)
+        self.maxima: dict[str, float] = {}
         name = f"{Path(script).stem}-{Path(cfg.model).name}-{time.strftime('%m%d-%H%M%S')}"
         out = [str(Path(cfg.out or ROOT / "runs" / name))]
         td.broadcast_object_list(out, 0)  # all ranks agree on the time in the name
@@ -1104,6 +1121,11 @@ class RunLog:
         for name, term in terms.items():
             self.sums[name] = self.sums[name] + (term.detach() if isinstance(term, Tensor) else term)
 
+    def add_max(self, **values: float) -> None:
+        """Keep the largest value of the step over all ranks."""
+        for name, value in values.items():
+            self.maxima[name] = max(value, self.maxima.get(name, value))
+
     def add_mean(self, name: str, values: list[float]) -> None:
         """Add to a mean over all values of all ranks; absent from the line when there were none."""
         self.add(**{f"{name}/sum": float(sum(values)), f"{name}/count": len(values)})
@@ -1121,9 +1143,11 @@ class RunLog:
     def step(self, step: int, groups: list[list[Rollout]], **values: float) -> None:
         """Reduce over ranks, print, append one line to metrics.jsonl and two rollouts to samples.jsonl (collective)."""
         gathered: list = [None] * self.dist.world_size
-        td.all_gather_object(gathered, {name: float(value) for name, value in self.sums.items()})
-        names = sorted({name for part in gathered for name in part})
-        total = {name: sum(part.get(name, 0.0) for part in gathered) for name in names}
+        td.all_gather_object(gathered, ({name: float(value) for name, value in self.sums.items()}, self.maxima))
+        names = sorted({name for sums, _ in gathered for name in sums})
+        total = {name: sum(sums.get(name, 0.0) for sums, _ in gathered) for name in names}
+        for name in sorted({name for _, maxima in gathered for name in maxima}):
+            total[name] = max(maxima[name] for _, maxima in gathered if name in maxima)
         tokens = total.get("completion_tokens/sum", 0.0)
         for name in [name.removesuffix("/count") for name in names if name.endswith("/count")]:
             total_sum, count = total.pop(f"{name}/sum"), total.pop(f"{name}/count")
@@ -1148,6 +1172,7 @@ class RunLog:
                 self.wandb.log(line, step=step)
         self.print_line(line)
         self.sums.clear()
+        self.maxima.clear()
         self.seconds.clear()
 
     def print_line(self, line: dict[str, float]) -> None:
@@ -1207,6 +1232,9 @@ def describe_run(cfg: object) -> dict:
     }
 
 
+State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds: modules and (module, optimizer)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1214,7 +1242,15 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def save(log: RunLog, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int, **extra: object) -> None:
+def collect(state: State) -> dict[str, dict]:
+    """The tensors of every entry of a run's state, sharded, under names that do not depend on the number of ranks."""
+    return {
+        name: get_optimizer_state_dict(*entry) if isinstance(entry, tuple) else get_model_state_dict(entry)
+        for name, entry in state.items()
+    }
+
+
+def save(log: RunLog, step: int, state: State, keep: int, **extra: object) -> None:
     """Checkpoint to checkpoints/<step>: written aside, renamed when complete, the last `keep` kept (collective).
 
     step is the next step to run; extra is the method's own state, as JSON.
@@ -1227,8 +1263,7 @@ def save(log: RunLog, step: int, policy: Policy, optimizer: torch.optim.Optimize
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     td.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    dcp.save(collect(state), checkpoint_id=partial)
     td.barrier()
     if log.dist.rank == 0:
         (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
@@ -1242,24 +1277,27 @@ def complete_checkpoints(out: Path) -> list[Path]:
     return sorted(f for f in (out / "checkpoints").glob("*") if f.suffix != ".partial")
 
 
-def resume(log: RunLog, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+def resume(log: RunLog, state: State) -> tuple[int, dict]:
     """Load the newest complete checkpoint of the run, on any number of ranks; (next step, the method's own state).
 
     Without a checkpoint (a new run, or one killed before its first) the run starts at step 0.
     """
     found = complete_checkpoints(log.out) if log.cfg.resume else []
-    state = {"step": 0}
+    extra = {"step": 0}
     if found:
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
-        loaded = {"model": model_state, "optimizer": optimizer_state}
+        loaded = collect(state)
         dcp.load(loaded, checkpoint_id=found[-1])
-        set_state_dict(policy, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-        state = json.loads((found[-1] / "state.json").read_text())
+        for name, entry in state.items():
+            if isinstance(entry, tuple):
+                set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
+            else:
+                set_model_state_dict(entry, loaded[name])
+        extra = json.loads((found[-1] / "state.json").read_text())
     if log.cfg.resume:
-        print0(f"resuming {log.out} at step {state['step']}{'' if found else ' (it has no checkpoint yet)'}")
-        log.rewind(state["step"])
+        print0(f"resuming {log.out} at step {extra['step']}{'' if found else ' (it has no checkpoint yet)'}")
+        log.rewind(extra["step"])
         td.barrier()
-    return state["step"], state
+    return extra["step"], extra
 
 
 def finish(

@@ -5,8 +5,9 @@ group. No value network: the group's mean is the baseline. This is the parent fi
 
     A[i]  = (rewards[i] - mean(rewards)) / std(rewards)                        one number per completion
     ratio = exp(logprobs - old_logprobs)
-    loss  = - sum_t w[t] min(ratio[t] A, clip(ratio[t], 1 - clip_low, 1 + clip_high) A)
+    loss  = - sum_t w[t] v[t] min(ratio[t] A, clip(ratio[t], 1 - clip_low, 1 + clip_high) A)
             + kl_coef sum_t w[t] KL(policy || reference)[t]  -  entropy_coef sum_t w[t] H[t]
+    v     = min(exp(old_logprobs - sampler_logprobs), tis_cap)                 1 where sampler and trainer agree
     w     = 1 / num_tokens (token), 1 / (rows x row length) (sequence) or 1 / (rows x max_completion_tokens) (constant)
 
 Departures. The paper's setting is --loss_norm sequence --kl_coef 0.04; the default here is DAPO's token mean without a reference
@@ -56,6 +57,7 @@ class Config:
     loss_norm: Literal["token", "sequence", "constant"] = "token"  # what a token's weight is; see above
     clip_low: float = 0.2  # ratio below 1 - clip_low gets no gradient; negative: off
     clip_high: float = 0.2  # ratio above 1 + clip_high gets no gradient; negative: off
+    tis_cap: float = 2.0  # of the importance weight for what sampler and trainer disagree on; 0: off
     kl_coef: float = 0.0  # 0: no reference model is loaded
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
     entropy_coef: float = 0.0  # bonus per nat
@@ -84,6 +86,7 @@ def loss_fn(
     logprobs: Tensor,  # (B, T) of the policy, with gradient
     old_logprobs: Tensor,  # (B, T) of the policy that made the batch
     advantages: Tensor,  # (B,)
+    importance: Tensor,  # (B, T) truncated ratio of old policy to sampler, constant
     entropy: Tensor,  # (B, T)
     ref_logprobs: Tensor | None,  # (B, T) of the frozen reference; None without KL
     mask: Tensor,  # (B, T) bool, the tokens that are trained
@@ -104,7 +107,7 @@ def loss_fn(
     per_token = torch.where(mask, 1 / max(num_tokens, 1), 0.0)  # for metrics: the mean over trained tokens
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     surrogate, clipped = common.clipped_surrogate(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
-    loss = -(weights * surrogate).sum()
+    loss = -(weights * importance * surrogate).sum()
     metrics = {"clip_fraction": (per_token * clipped).sum(), "entropy": (per_token * entropy.detach()).sum()}
     if kl_coef:
         kl = common.kl_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kl_estimator)
@@ -131,8 +134,9 @@ def main(cfg: Config) -> None:
     reference = common.load_policy(cfg.model, dist).requires_grad_(False) if cfg.kl_coef else None
     sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    state = {"model": policy, "optimizer": (policy, optimizer)}
     log = common.RunLog(cfg, __file__, dist)
-    start, _ = common.resume(log, policy, optimizer)
+    start, _ = common.resume(log, state)
     sampler.sync(policy)
 
     for step in range(start, cfg.steps + 1):
@@ -145,7 +149,7 @@ def main(cfg: Config) -> None:
                 )
         stop = log.should_stop()
         if step > start and (step % cfg.save_every == 0 or step == cfg.steps or stop):
-            common.save(log, step, policy, optimizer, cfg.keep)
+            common.save(log, step, state, cfg.keep)
         if step == cfg.steps or stop:
             break
 
@@ -189,10 +193,12 @@ def main(cfg: Config) -> None:
                 for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):
                     logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
                     ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
+                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
                     loss, metrics = loss_fn(
                         logprobs,
-                        logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs,
+                        old_logprobs,
                         batch.advantages,
+                        common.truncated_importance(old_logprobs, batch, cfg.tis_cap, log),
                         entropy,
                         ref_logprobs,
                         batch.completion_mask,

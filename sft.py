@@ -104,8 +104,9 @@ def main(cfg: Config) -> None:
     policy = common.load_policy(cfg.model, dist, cfg.checkpoint_activations)
     sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    state = {"model": policy, "optimizer": (policy, optimizer)}
     log = common.RunLog(cfg, __file__, dist)
-    start, _ = common.resume(log, policy, optimizer)
+    start, _ = common.resume(log, state)
     sampler.sync(policy)
 
     for step in range(start, cfg.steps + 1):
@@ -118,7 +119,7 @@ def main(cfg: Config) -> None:
                 )
         stop = log.should_stop()
         if step > start and (step % cfg.save_every == 0 or step == cfg.steps or stop):
-            common.save(log, step, policy, optimizer, cfg.keep)
+            common.save(log, step, state, cfg.keep)
         if step == cfg.steps or stop:
             break
 
@@ -126,7 +127,7 @@ def main(cfg: Config) -> None:
         problems = common.draw(train, cfg.problems_per_step, step, cfg.seed, dist)
 
         # Rows
-        rows = [common.expert_rollout(problem) for problem in problems]
+        rows = [common.expert_rollout(problem, tokenizer) for problem in problems]
         log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
 
         # Update

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/gradient_worker.py OUT SPLIT BUDGET OPTIONS_JS
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -21,6 +22,7 @@ DEFAULTS = {
     "loss_norm": "token",
     "clip_low": 0.2,
     "clip_high": 0.2,
+    "tis_cap": 0.0,
     "kl_coef": 0.0,
     "kl_estimator": "k3",
     "entropy_coef": 0.0,
@@ -38,6 +40,7 @@ def fixed_rows() -> list[common.Rollout]:
         ids = [*torch.randint(1, 257, (completion - 1,)).tolist(), 0]
         row = common.Rollout(problem("q" * prompt, id=str(i)), ids, expert, advantage=(-1.0) ** i * (0.5 + 0.1 * i))
         row.old_logprobs = -3 - 3 * torch.rand(completion)
+        row.sampler_logprobs = (row.old_logprobs + torch.randn(completion))[expert:].tolist()
         rows.append(row)
     return rows
 
@@ -59,7 +62,7 @@ def gradient(rows: list[common.Rollout], budget: int, options: dict, dist: commo
     if o["shuffle"]:
         rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(o["shuffle"]))]
     policy_tokens, expert_tokens, num_rows = common.count_tokens(rows, dist)
-    total = {}
+    total, log = {}, mock.Mock()
     for batch in common.microbatches(rows, budget, dist):
         logprobs, entropy = common.token_logprobs(policy, batch, 0.7, o["entropy_coef"] != 0)
         if o["method"] == "sft":
@@ -69,10 +72,12 @@ def gradient(rows: list[common.Rollout], budget: int, options: dict, dist: commo
             mask, tokens = batch.completion_mask, policy_tokens + expert_tokens
             if o["method"] == "bread":
                 mask, tokens = mask & ~batch.expert_mask, policy_tokens
+            old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
             loss, metrics = module.loss_fn(
                 logprobs,
-                batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach(),
+                old_logprobs,
                 batch.advantages,
+                common.truncated_importance(old_logprobs, batch, o["tis_cap"], log),
                 entropy,
                 common.reference_logprobs(reference, batch, 0.7),
                 mask,

@@ -113,9 +113,8 @@ def test_the_prefix_gets_no_gradient(dist):
         logprobs[:, :2] += shift
         logprobs.requires_grad_()
         mask = batch.completion_mask & ~batch.expert_mask
-        loss, _ = bread.loss_fn(
-            logprobs, old, batch.advantages, torch.zeros(2, 5), None, mask, 5, 2, 9, "token", 0.2, 0.2, 0.0, "k3", 0.0
-        )
+        rest = (torch.ones(2, 5), torch.zeros(2, 5), None, mask, 5, 2, 9, "token", 0.2, 0.2, 0.0, "k3", 0.0)
+        loss, _ = bread.loss_fn(logprobs, old, batch.advantages, *rest)
         loss.backward()
         assert (logprobs.grad[:, :2] == 0).all() and logprobs.grad[:, 2:].abs().max() > 0
         results.append((loss.item(), logprobs.grad))

@@ -17,6 +17,7 @@ CASES = {
     "kl2": {"kl_coef": 0.3, "kl_estimator": "k2", "loss_norm": "sequence"},
     "kl3": {"kl_coef": 0.3, "kl_estimator": "k3"},
     "entropy": {"entropy_coef": 0.2},
+    "importance": {"tis_cap": 1.5},
     "unclipped": {"clip_low": -1, "clip_high": -1},
     "bread": {"method": "bread", "kl_coef": 0.3, "entropy_coef": 0.2, "loss_norm": "sequence"},
     "sft": {"method": "sft"},

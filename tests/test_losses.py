@@ -14,7 +14,7 @@ import sft
 LENGTHS, T = [5, 1, 3, 7], 7
 
 
-def scalar_grpo(lp, old, adv, ent, ref, mask, norm, low, high, kl_coef, estimator, ent_coef, max_tokens):
+def scalar_grpo(lp, old, adv, imp, ent, ref, mask, norm, low, high, kl_coef, estimator, ent_coef, max_tokens):
     """Python floats, one token at a time; the derivative of the loss with respect to each log-probability beside it."""
     total = sum(sum(row) for row in mask)
     loss, gradient = 0.0, [[0.0] * T for _ in mask]
@@ -24,9 +24,9 @@ def scalar_grpo(lp, old, adv, ent, ref, mask, norm, low, high, kl_coef, estimato
         weight = {"token": 1 / total, "sequence": 1 / (len(mask) * sum(mask[b])), "constant": 1 / (len(mask) * max_tokens)}[norm]
         ratio, a = math.exp(lp[b][t] - old[b][t]), adv[b]
         bounded = min(max(ratio, 1 - low if low >= 0 else -math.inf), 1 + high if high >= 0 else math.inf)
-        loss -= weight * min(ratio * a, bounded * a)
+        loss -= weight * imp[b][t] * min(ratio * a, bounded * a)
         if ratio * a <= bounded * a:
-            gradient[b][t] -= weight * ratio * a
+            gradient[b][t] -= weight * imp[b][t] * ratio * a
         if kl_coef:
             d = lp[b][t] - ref[b][t]
             loss += kl_coef * weight * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
@@ -49,7 +49,8 @@ def inputs(kind: str, seed: int = 0):
         "zero": torch.zeros(4, dtype=torch.float64),
     }[kind]
     ent, ref = torch.rand(4, T, dtype=torch.float64), lp + 0.3 * torch.randn(4, T, dtype=torch.float64)
-    return lp, old, adv, ent, ref, mask
+    imp = 0.5 + torch.rand(4, T, dtype=torch.float64)
+    return lp, old, adv, imp, ent, ref, mask
 
 
 @pytest.mark.parametrize("kind", ["mixed", "extreme", "zero"])
@@ -57,12 +58,12 @@ def inputs(kind: str, seed: int = 0):
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (-1, -1), (-1, 0.1)])
 @pytest.mark.parametrize(("kl", "estimator", "entropy"), [(0, "k3", 0), (0.3, "k1", 0.1), (0.3, "k2", 0), (0.3, "k3", 0.1)])
 def test_grpo(kind, norm, low, high, kl, estimator, entropy):
-    lp, old, adv, ent, ref, mask = inputs(kind)
+    lp, old, adv, imp, ent, ref, mask = inputs(kind)
     lp.requires_grad_()
     tokens, rows = int(mask.sum()), len(mask)
-    loss, metrics = grpo.loss_fn(lp, old, adv, ent, ref, mask, tokens, rows, 10, norm, low, high, kl, estimator, entropy)
+    loss, metrics = grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, tokens, rows, 10, norm, low, high, kl, estimator, entropy)
     loss.backward()
-    lists = [x.tolist() for x in (lp, old, adv, ent, ref, mask)]
+    lists = [x.tolist() for x in (lp, old, adv, imp, ent, ref, mask)]
     value, gradient = scalar_grpo(*lists, norm, low, high, kl, estimator, entropy, 10)
     assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-9) and metrics["loss"] == loss
     assert torch.allclose(lp.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=1e-9)
@@ -70,13 +71,13 @@ def test_grpo(kind, norm, low, high, kl, estimator, entropy):
 
 def test_garbage_outside_the_mask_changes_nothing():
     """NaN and infinity in masked places: loss and gradient stay finite and the same."""
-    lp, old, adv, ent, ref, mask = inputs("mixed")
+    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
     rest = (int(mask.sum()), 4, 10, "token", 0.2, 0.2, 0.1, "k3", 0.1)
     results = []
     for junk in (0.0, math.nan, math.inf, -math.inf):
         bad = [torch.where(mask, x, junk) for x in (lp, old, ref)]
         bad[0].requires_grad_()
-        loss, _ = grpo.loss_fn(bad[0], bad[1], adv, torch.where(mask, ent, 0.0), bad[2], mask, *rest)
+        loss, _ = grpo.loss_fn(bad[0], bad[1], adv, imp, torch.where(mask, ent, 0.0), bad[2], mask, *rest)
         loss.backward()
         results.append((loss.item(), bad[0].grad))
     for loss, grad in results[1:]:
@@ -84,23 +85,23 @@ def test_garbage_outside_the_mask_changes_nothing():
 
 
 def test_padding_width_and_empty_rows():
-    lp, old, adv, ent, ref, mask = inputs("mixed")
+    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
     rest = (int(mask.sum()), 4, 10, "sequence", 0.2, 0.2, 0.1, "k3", 0.1)
-    loss, _ = grpo.loss_fn(lp, old, adv, ent, ref, mask, *rest)
-    wide = [torch.nn.functional.pad(x, (0, 100)) for x in (lp, old, ent, ref, mask)]
-    assert grpo.loss_fn(wide[0], wide[1], adv, wide[2], wide[3], wide[4], *rest)[0] == pytest.approx(loss.item(), rel=1e-12)
-    nothing, _ = grpo.loss_fn(lp, old, adv, ent, ref, torch.zeros_like(mask), 0, 4, 10, "sequence", 0.2, 0.2, 0.1, "k3", 0.1)
+    loss, _ = grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)
+    wide = [torch.nn.functional.pad(x, (0, 100)) for x in (lp, old, imp, ent, ref, mask)]
+    assert grpo.loss_fn(wide[0], wide[1], adv, *wide[2:], *rest)[0] == pytest.approx(loss.item(), rel=1e-12)
+    nothing, _ = grpo.loss_fn(lp, old, adv, imp, ent, ref, torch.zeros_like(mask), 0, *rest[1:])
     assert nothing == 0
 
 
 def test_bread_is_grpo_on_the_policy_tokens():
-    lp, old, adv, ent, ref, mask = inputs("mixed")
+    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
     rest = (int(mask.sum()), 4, 10, "token", 0.2, 0.2, 0.1, "k3", 0.1)
-    assert bread.loss_fn(lp, old, adv, ent, ref, mask, *rest)[0] == grpo.loss_fn(lp, old, adv, ent, ref, mask, *rest)[0]
+    assert bread.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)[0] == grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)[0]
 
 
 def test_sft():
-    lp, _, _, ent, _, mask = inputs("mixed")
+    lp, _, _, _, ent, _, mask = inputs("mixed")
     lp.requires_grad_()
     loss, _ = sft.loss_fn(lp, ent, mask, 40)
     loss.backward()

@@ -92,7 +92,7 @@ def test_overfit_one_row_reproduces_it_and_stops(tokenizer, dist, model_folder):
     question = problem("what?", expert="it is 7")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     for _ in range(60):
-        batch = common.make_batch([common.expert_rollout(question)], dist)
+        batch = common.make_batch([common.expert_rollout(question, tokenizer)], dist)
         logprobs, _ = common.token_logprobs(policy, batch, 1.0)
         (-logprobs.sum()).backward()
         optimizer.step()
