@@ -108,6 +108,13 @@ def all_sum(values: Tensor, dist: Dist) -> Tensor:
     return total
 
 
+def gather(values: list, dist: Dist) -> list:
+    """One value per problem of this rank -> one per problem of the step, in the order in which draw drew them (collective)."""
+    parts: list = [None] * dist.world_size
+    td.all_gather_object(parts, values)
+    return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+
 def print0(*args: object) -> None:
     """Print on rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -712,12 +719,10 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
     return logp.masked_fill(outside.scatter(-1, index, outside), -math.inf)
 
 
-def episode_cuts(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase, pieces: int, leak_check: bool) -> list[int]:
-    """Expert tokens in the first 0, 1, ..., m episodes of the trace, m <= pieces: [0, ..., len(expert_ids)].
+def episode_ends(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """Expert tokens up to the end of each line (of each sentence where there are fewer than two lines): [..., len(expert_ids)].
 
-    Pieces end at a line's end (a sentence's end where there are fewer than two lines), always on a token boundary, and are
-    merged to `pieces` of near-equal count as in UFT (2505.16984): cut i is the end of piece round(i x found / m). With
-    leak_check the answer's text never appears before the last cut but one.
+    Always on a token boundary; blank lines belong to the line before.
     """
     texts = [tokenizer.decode([token]) for token in problem.expert_ids]
     ends: list[int] = []
@@ -726,11 +731,27 @@ def episode_cuts(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBa
             stops = [text.rstrip(" ")[-1:] for text in texts]
             ends = [i + 1 for i, stop in enumerate(stops[:-1]) if stop and stop in mark and texts[i + 1].strip(" ") != "\n"]
             ends = [*ends, len(texts)]
+    return ends
+
+
+def regroup(ends: list[int], pieces: int) -> list[int]:
+    """n ends -> [0, ..., ends[-1]], the ends of m = min(pieces, n) groups of near-equal count: cut i is end round(i n / m).
+
+    Liu et al. 2025, UFT (2505.16984), official rl_dataset.py. Without an end there is only the cut 0.
+    """
     kept = min(pieces, len(ends))
-    cuts = [0, *(ends[round(i * len(ends) / kept) - 1] for i in range(1, kept + 1))]
+    return [0, *(ends[round(i * len(ends) / kept) - 1] for i in range(1, kept + 1))]
+
+
+def episode_cuts(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase, pieces: int, leak_check: bool) -> list[int]:
+    """Expert tokens in the first 0, 1, ..., m episodes of the trace, m <= pieces: [0, ..., len(expert_ids)].
+
+    With leak_check the answer's text never appears before the last cut but one.
+    """
+    cuts = regroup(episode_ends(problem, tokenizer), pieces)
     if leak_check and isinstance(problem.answer, str):
         shown = [cut for cut in cuts[:-1] if problem.answer not in tokenizer.decode(problem.expert_ids[:cut])]
-        cuts = [*shown, len(texts)]
+        cuts = [*shown, len(problem.expert_ids)]
     return cuts
 
 
