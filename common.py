@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -327,9 +328,14 @@ def reference_logprobs(reference: Policy | None, batch: "Batch", temperature: fl
 def store_old_logprobs(policy: Policy, rollouts: list["Rollout"], temperature: float, max_tokens: int, dist: Dist) -> None:
     """Write the log-probabilities of the policy as it is now into the rollouts, before the first of several updates."""
     for batch in microbatches(rollouts, max_tokens, dist):
-        logprobs = reference_logprobs(policy, batch, temperature).cpu()
-        for row, rollout in enumerate(batch.rollouts):
-            rollout.old_logprobs = logprobs[row, : batch.lengths[row]]
+        keep_old_logprobs(batch, reference_logprobs(policy, batch, temperature))
+
+
+def keep_old_logprobs(batch: "Batch", logprobs: Tensor) -> None:
+    """Write log-probabilities (B, T) into the rollouts of a batch."""
+    logprobs = logprobs.detach().cpu()
+    for row, rollout in enumerate(batch.rollouts):
+        rollout.old_logprobs = logprobs[row, : batch.lengths[row]]
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -337,14 +343,31 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def clip_gradients(policy: nn.Module, max_norm: float) -> Tensor:
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The whole weights of a policy under their Hugging Face names, one at a time (collective)."""
+    for name, parameter in policy.model.named_parameters():
+        yield name, full_tensor(parameter)
+
+
+@torch.no_grad()
+def follow(slow: Policy, fast: Policy, decay: float = 0.0, part: str = "") -> None:
+    """slow <- decay slow + (1 - decay) fast, shard by shard, for the parameters with `part` in their name."""
+    for module in [*slow.modules(), *fast.modules()]:
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a root stays gathered after a forward without a backward
+    for (name, target), source in zip(slow.named_parameters(), fast.parameters(), strict=True):
+        if part in name:
+            target.lerp_(source, 1 - decay)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the summed gradient to a norm over all shards (0: never clip); the norm before clipping."""
-    grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    if not grads:
+    with_grad = [p for p in parameters if p.grad is not None]
+    if not with_grad:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_([p for p in policy.parameters() if p.grad is not None], max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return full_tensor(norm)
 
 
@@ -597,14 +620,16 @@ class Sampler:
         self.stop_ids = sorted({tokenizer.eos_token_id, *(i for i in config_ids if i is not None)})
         self.max_batch_tokens = 2**15 if dist.device.type == "cpu" else 2**19  # tokens in the KV cache at a time
 
-    def sync(self, policy: Policy) -> None:
-        """Copy the trained weights into the inference copy, one parameter at a time (collective)."""
+    @torch.no_grad()
+    def sync(self, weights: Policy | Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the trained weights, a policy's or (name, whole tensor) pairs, into the inference copy (collective)."""
         mine = dict(self.model.named_parameters())
-        theirs = dict(policy.model.named_parameters())
-        if mine.keys() != theirs.keys():
-            raise RuntimeError(f"parameters differ between policy and sampler: {sorted(mine.keys() ^ theirs.keys())[:4]}")
-        for name, parameter in theirs.items():
-            mine[name].copy_(full_tensor(parameter))
+        for name, tensor in named_weights(weights) if isinstance(weights, Policy) else weights:
+            if name not in mine:
+                raise RuntimeError(f"the sampler has no parameter {name}")
+            mine.pop(name).copy_(tensor)
+        if mine:
+            raise RuntimeError(f"parameters of the sampler were not updated: {sorted(mine)[:4]}")
 
     @torch.no_grad()
     def generate(
@@ -1328,19 +1353,26 @@ def finish(
     policy: Policy,
     tokenizer: transformers.PreTrainedTokenizerBase,
     source: str,  # the model that the run started from
+    weights: Iterable[tuple[str, Tensor]] | None = None,  # what to export where it is not the policy as it is
 ) -> None:
     """End a run: the last line and the exported model, or how to go on after a signal (collective)."""
     if step == log.cfg.steps:
         log.last(step, values)
-        export(log, policy, tokenizer, source)
+        export(log, policy, tokenizer, source, weights or named_weights(policy))
     else:
         print0(f"stopped at step {step}; continue with --resume {log.out}")
     shutdown()
 
 
-def export(log: RunLog, policy: Policy, tokenizer: transformers.PreTrainedTokenizerBase, source: str) -> None:
+def export(
+    log: RunLog,
+    policy: Policy,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    source: str,
+    weights: Iterable[tuple[str, Tensor]],
+) -> None:
     """The trained model as a Hugging Face folder at final/, with the settings.json of the model it came from (collective)."""
-    weights = {name: full_tensor(p).cpu().clone() for name, p in policy.model.named_parameters()}
+    weights = {name: tensor.cpu().clone() for name, tensor in weights}
     if log.dist.rank == 0:
         final = log.out / "final"
         policy.model.save_pretrained(final, state_dict=weights)

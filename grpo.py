@@ -214,7 +214,7 @@ def main(cfg: Config) -> None:
                     )
                     loss.backward()
                     log.add(**{name: metric / cfg.updates_per_step for name, metric in metrics.items()})
-                values["grad_norm"] = common.clip_gradients(policy, cfg.grad_clip).item()
+                values["grad_norm"] = common.clip_gradients(policy.parameters(), cfg.grad_clip).item()
                 optimizer.step()
                 optimizer.zero_grad()
 

@@ -263,7 +263,7 @@ def main(cfg: Config) -> None:
                     )
                     loss.backward()
                     log.add(**{name: metric / cfg.updates_per_step for name, metric in metrics.items()})
-                values["grad_norm"] = common.clip_gradients(policy, cfg.grad_clip).item()
+                values["grad_norm"] = common.clip_gradients(policy.parameters(), cfg.grad_clip).item()
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -279,7 +279,7 @@ def main(cfg: Config) -> None:
                 loss.backward()
                 log.add(**metrics)
             if taken:
-                values["sft_grad_norm"] = common.clip_gradients(policy, cfg.sft_grad_clip).item()
+                values["sft_grad_norm"] = common.clip_gradients(policy.parameters(), cfg.sft_grad_clip).item()
                 sft_optimizer.step()
                 sft_optimizer.zero_grad()
 

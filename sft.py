@@ -146,7 +146,7 @@ def main(cfg: Config) -> None:
                 )
                 loss.backward()
                 log.add(**metrics)
-            values["grad_norm"] = common.clip_gradients(policy, cfg.grad_clip).item()
+            values["grad_norm"] = common.clip_gradients(policy.parameters(), cfg.grad_clip).item()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -88,7 +88,7 @@ def gradient(rows: list[common.Rollout], budget: int, options: dict, dist: commo
             )
         loss.backward()
         total = {k: total.get(k, 0.0) + v.item() for k, v in metrics.items()}
-    norm = common.clip_gradients(policy, 0.0)
+    norm = common.clip_gradients(policy.parameters(), 0.0)
     found = {name: common.full_tensor(p.grad) for name, p in policy.model.named_parameters()}
     metrics = {f"metric/{k}": common.all_sum(torch.tensor(v, dtype=torch.float64), dist) for k, v in total.items()}
     return found | metrics | {"norm": norm}

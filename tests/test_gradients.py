@@ -57,7 +57,7 @@ def test_two_ranks(split, expected, tmp_path):
 
 def test_nothing_to_train_on(dist):
     assert common.microbatches([], 100, dist) == []
-    assert common.clip_gradients(torch.nn.Linear(2, 2), 1.0) == 0
+    assert common.clip_gradients(torch.nn.Linear(2, 2).parameters(), 1.0) == 0
 
 
 def test_filler_has_no_gradient(dist):
