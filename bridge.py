@@ -267,7 +267,7 @@ def main(cfg: Config) -> None:
             for rollout, advantage in zip(group, common.group_advantages(rewards, cfg.scale_by_std)[0].tolist(), strict=True):
                 rollout.advantage = advantage
         log.add_rollouts(groups)
-        kept = [group for group in groups if cfg.zero_variance == "keep" or any(r.advantage for r in group)]
+        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         # Update
         with log.timer("update"):
@@ -284,8 +284,10 @@ def main(cfg: Config) -> None:
                 rows = [rollout for group in kept for rollout in group]
                 common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
             for update in range(cfg.updates_per_step):
-                rows = [rollout for group in kept[update :: cfg.updates_per_step] for rollout in group]
-                experts = [common.expert_rollout(p, tokenizer) for p in sft_problems[update :: cfg.updates_per_step]]
+                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
+                rows = [rollout for group in part for rollout in group]
+                taught = common.share(sft_problems, update, cfg.updates_per_step, cfg.sft_problems_per_step, dist)
+                experts = [common.expert_rollout(problem, tokenizer) for problem in taught]
                 _, num_expert, _ = common.count_tokens(experts, dist)
                 for batch in common.microbatches(experts, cfg.tokens_per_microbatch, dist):
                     logprobs, _ = common.token_logprobs(policy, batch, cfg.temperature)

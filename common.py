@@ -567,6 +567,14 @@ def draw(problems: list[Problem], n: int, step: int, seed: int, dist: Dist) -> l
     return chosen
 
 
+def share(values: list, update: int, updates: int, total: int, dist: Dist) -> list:
+    """This rank's values, one a problem, that belong to one of several updates: consecutive parts of the step's `total` problems.
+
+    By the place in the step's draw, so that an update has the same problems on any number of ranks, and every rank some of them.
+    """
+    return [value for i, value in enumerate(values) if (i * dist.world_size + dist.rank) * updates // total == update]
+
+
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
@@ -1100,7 +1108,7 @@ def parse(config: type) -> object:
         path = Path(flags.resume) / "config.json"
         if not path.is_file():
             fail(f"--resume {flags.resume}: there is no run to resume, {path} is missing")
-        taken = {k: v for k, v in json.loads(path.read_text())["flags"].items() if k in fields}
+        taken = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text())["flags"].items() if k in fields}
         taken |= {"out": flags.resume, "resume": flags.resume}
     else:
         folder = Path(resolve_model(flags.model))

@@ -177,7 +177,7 @@ def main(cfg: Config) -> None:
             for rollout, advantage in zip(group, common.group_advantages(rewards, cfg.scale_by_std)[0].tolist(), strict=True):
                 rollout.advantage = advantage
         log.add_rollouts(groups)
-        kept = [group for group in groups if cfg.zero_variance == "keep" or any(r.advantage for r in group)]
+        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         # Update
         with log.timer("update"):
@@ -188,7 +188,8 @@ def main(cfg: Config) -> None:
                 rows = [rollout for group in kept for rollout in group]
                 common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
             for update in range(cfg.updates_per_step):
-                rows = [rollout for group in kept[update :: cfg.updates_per_step] for rollout in group]
+                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
+                rows = [rollout for group in part for rollout in group]
                 num_tokens, _, num_rows = common.count_tokens(rows, dist)
                 for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):
                     logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)

@@ -186,13 +186,13 @@ def main(cfg: Config) -> None:
             for rollout, advantage in zip(group, common.group_advantages(rewards, cfg.scale_by_std)[0].tolist(), strict=True):
                 rollout.advantage = advantage
         log.add_rollouts(groups)
-        kept = [group for group in groups if cfg.zero_variance == "keep" or any(r.advantage for r in group)]
+        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         # Gate
-        failed = [group for group in groups if sum(r.reward for r in group) <= cfg.gate]
-        log.add_mean("gated", [group in failed for group in groups])
-        experts = [[common.expert_rollout(group[0].problem, tokenizer)] for group in failed]
-        kept = [group for group in kept if group not in failed] + experts
+        failed = [sum(r.reward for r in group) <= cfg.gate for group in groups]
+        log.add_mean("gated", failed)
+        for i, problem in enumerate(problems):
+            kept[i] = [common.expert_rollout(problem, tokenizer)] if failed[i] else kept[i]
 
         # Update
         with log.timer("update"):
@@ -203,7 +203,8 @@ def main(cfg: Config) -> None:
                 rows = [rollout for group in kept for rollout in group]
                 common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
             for update in range(cfg.updates_per_step):
-                rows = [rollout for group in kept[update :: cfg.updates_per_step] for rollout in group]
+                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
+                rows = [rollout for group in part for rollout in group]
                 num_tokens, num_expert, num_rows = common.count_tokens(rows, dist)
                 num_rows = max(1, num_rows - common.count_tokens([r for r in rows if r.num_expert_tokens], dist)[2])
                 for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):

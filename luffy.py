@@ -191,7 +191,7 @@ def main(cfg: Config) -> None:
         log.add_mean("plain_reward", [r.reward for group in groups for r in group if not r.num_expert_tokens])
         log.add_mean("expert_reward", [r.reward for group in groups for r in group if r.num_expert_tokens])
         log.add_mean("expert_advantage", [r.advantage for group in groups for r in group if r.num_expert_tokens])
-        kept = [group for group in groups if cfg.zero_variance == "keep" or any(r.advantage for r in group)]
+        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         # Update
         with log.timer("update"):
@@ -202,7 +202,8 @@ def main(cfg: Config) -> None:
                 rows = [rollout for group in kept for rollout in group]
                 common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
             for update in range(cfg.updates_per_step):
-                rows = [rollout for group in kept[update :: cfg.updates_per_step] for rollout in group]
+                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
+                rows = [rollout for group in part for rollout in group]
                 num_policy, num_expert, num_rows = common.count_tokens(rows, dist)
                 for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):
                     logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)

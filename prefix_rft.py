@@ -6,7 +6,7 @@ the most uncertain fifth of the prefix tokens. The shortest allowed prefix shrin
 
     low(t) = low_final + (low_start - low_final) (1 + cos(pi t / prefix_steps)) / 2,      share ~ Uniform(low(t), prefix_high)
     k      = floor(share x tokens of the trace), at least min_prefix_tokens and at most one token less than the trace
-    A[t]   = A of the row; 0 on the 1 - keep of the prefix tokens with the lowest H
+    A[t]   = A of the row; 0 on the 1 - keep_share of the prefix tokens with the lowest H
     s[t]   = min(ratio[t] A[t], clip(ratio[t], 1 - clip_low, 1 + clip_high) A[t]),   and not below dual_clip A[t] where A[t] < 0
     loss   = - sum_t w[t] v[t] s[t] - entropy_coef sum_t w[t] H[t]
 
@@ -65,7 +65,7 @@ class Config:
     low_final: float = 0.05  # and at prefix_steps
     prefix_steps: int = 500
     min_prefix_tokens: int = 1
-    keep: float = 0.2  # share of the prefix tokens that is trained, the most uncertain
+    keep_share: float = 0.2  # of the prefix tokens that is trained, the most uncertain
     keep_scope: Literal["row", "microbatch"] = "row"  # among which tokens they are ranked
     # loss
     advantages: Literal["group", "split"] = "group"  # see above
@@ -117,7 +117,7 @@ def loss_fn(
     clip_low: float,
     clip_high: float,
     dual_clip: float,
-    keep: float,
+    keep_share: float,
     keep_scope: str,
     kl_coef: float,
     kl_estimator: str,
@@ -129,7 +129,7 @@ def loss_fn(
     weights = torch.where(mask, weight[loss_norm], 0.0)  # (B, T)
     per_token = torch.where(mask, 1 / max(num_tokens, 1), 0.0)  # for metrics: the mean over trained tokens
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    kept = most_uncertain(entropy, mask & prefix_mask, keep, keep_scope)
+    kept = most_uncertain(entropy, mask & prefix_mask, keep_share, keep_scope)
     advantages = torch.where(prefix_mask, torch.where(kept, prefix_advantages[:, None], 0.0), advantages[:, None])  # (B, T)
     surrogate, clipped = common.clipped_surrogate(log_ratio.exp(), advantages, clip_low, clip_high)
     if dual_clip:
@@ -146,11 +146,11 @@ def loss_fn(
     return loss, metrics | {"loss": loss.detach()}
 
 
-def most_uncertain(entropy: Tensor, prefix_mask: Tensor, keep: float, scope: str) -> Tensor:
-    """Mask of the ceil(keep x n) prefix tokens with the highest entropy, of each row or of the micro-batch, (B, T)."""
+def most_uncertain(entropy: Tensor, prefix_mask: Tensor, keep_share: float, scope: str) -> Tensor:
+    """Mask of the ceil(keep_share x n) prefix tokens with the highest entropy, of each row or of the micro-batch, (B, T)."""
     scores = torch.where(prefix_mask, entropy.detach(), -math.inf)
     scores, valid = (x if scope == "row" else x.reshape(1, -1) for x in (scores, prefix_mask))
-    count = torch.ceil(keep * valid.sum(1, keepdim=True).double() - 1e-9)
+    count = torch.ceil(keep_share * valid.sum(1, keepdim=True).double() - 1e-9)
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ((rank < count) & valid).view_as(prefix_mask)
 
@@ -252,7 +252,7 @@ def main(cfg: Config) -> None:
         log.add_rollouts(groups)
         log.add_mean("plain_reward", [r.reward for group in groups for r in group[: cfg.group_size - cfg.hybrid_rows]])
         log.add_mean("hybrid_reward", [r.reward for group in groups for r in group[cfg.group_size - cfg.hybrid_rows :]])
-        kept = [group for group in groups if cfg.zero_variance == "keep" or any(r.advantage for r in group)]
+        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         # Update
         with log.timer("update"):
@@ -263,7 +263,8 @@ def main(cfg: Config) -> None:
                 rows = [rollout for group in kept for rollout in group]
                 common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
             for update in range(cfg.updates_per_step):
-                rows = [rollout for group in kept[update :: cfg.updates_per_step] for rollout in group]
+                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
+                rows = [rollout for group in part for rollout in group]
                 num_policy, num_prefix, num_rows = common.count_tokens(rows, dist)
                 for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):
                     logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
@@ -286,7 +287,7 @@ def main(cfg: Config) -> None:
                         cfg.clip_low,
                         cfg.clip_high,
                         cfg.dual_clip,
-                        cfg.keep,
+                        cfg.keep_share,
                         cfg.keep_scope,
                         cfg.kl_coef,
                         cfg.kl_estimator,

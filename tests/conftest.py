@@ -1,6 +1,9 @@
 """Random models of several architectures, a byte-level tokenizer and a world of one process, all made here without a network."""
 
+import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +95,24 @@ def run_script(*args: str, nproc: int = 1, check: bool = True, timeout: int = 30
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(args)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def train(script: str, *flags: object) -> None:
+    """Run a trainer's main in this process, in the world that is already there; a process of its own costs ten times as long."""
+    module = importlib.import_module(script)
+    argv, shutdown, handlers = sys.argv, common.shutdown, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv, common.shutdown = [f"{script}.py", *map(str, flags)], lambda: None
+    try:
+        module.main(common.parse(module.Config))
+    finally:
+        sys.argv, common.shutdown = argv, shutdown
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def read_metrics(folder: Path, exact: bool = True) -> list[dict]:
+    """The lines of metrics.jsonl without clocks, rates and memory; not exact: to be compared with equality up to rounding."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    unstable = ("seconds", "tokens_per_second", "peak_memory")
+    rows = [{k: v for k, v in row.items() if not k.startswith(unstable)} for row in rows]
+    return rows if exact else [{k: pytest.approx(v, rel=2e-3, abs=2e-4) for k, v in row.items()} for row in rows]
