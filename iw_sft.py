@@ -104,6 +104,7 @@ def loss_fn(
     """The equation above over one micro-batch: a sum, so micro-batches and ranks add up. Metrics likewise, detached."""
     lengths = mask.sum(1, keepdim=True).clamp(min=1).to(logprobs.dtype)
     weights = torch.where(mask, 1 / max(num_tokens, 1) if loss_norm == "token" else 1 / (num_rows * lengths), 0.0)  # (B, T)
+    logprobs = torch.where(mask, logprobs, 0.0)
     loss = -(weights * token_weights * logprobs).sum()
     metrics = {"weight": (weights * token_weights).sum(), "nll": -(weights * logprobs.detach()).sum()}
     return loss, metrics | {"entropy": (weights * entropy.detach()).sum(), "loss": loss.detach()}
