@@ -330,6 +330,7 @@ def main(cfg: Config) -> None:
                 if cfg.shadow == "one_step":
                     common.follow(shadow, policy)
                     rl_backward(shadow, 1.0)
+                    values["shadow_grad_norm"] = common.clip_gradients(shadow_base, cfg.grad_clip).item()
                     shadow_optimizer.step()
                     shadow.zero_grad()
                 if cfg.meta:
