@@ -123,6 +123,20 @@ def test_one_step_shadow(grad_clip, dist, monkeypatch):
     assert scale > 1e-2 and all((f - g).abs().max() < 1e-3 * scale for f, g in zip(found[-1], wanted, strict=True))
 
 
+def test_after_the_step_the_adapter_is_shared(dist, monkeypatch):
+    """w moves by its own warmed-up rate, theta by the other, and the shadow holds the same w but its own base."""
+    models = [random_model("qwen2"), random_model("qwen2")]
+    start = dict(filled_adapter(random_model("qwen2")).named_parameters())
+    flags = {"lora_rank": 4, "lora_alpha": 8.0, "sft_problems_per_step": 4, "warmup_steps": 4, "lr": 1e-3, "lora_lr": 1e-2}
+    monkeypatch.setattr(bridge, "add_adapter", filled_adapter)
+    one_step(bridge, models, fixed_groups(), **flags)
+    for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        mine, theirs, moved = common.full_tensor(mine), common.full_tensor(theirs), common.full_tensor(mine) - start[name].detach()
+        rate = 1e-2 / 4 if "lora_" in name else 1e-3 / 4
+        assert torch.equal(mine, theirs) == ("lora_" in name), name
+        assert moved.abs().max().item() == pytest.approx(rate, rel=0.05), name
+
+
 def test_at_the_ends_it_is_grpo_and_sft(dist, monkeypatch):
     """Bit for bit without an adapter: lam 1 is grpo.py, and so is the shadow; lam 0, where linear starts, is sft.py."""
     flags = {"lora_rank": 0, "filled": False, "dtype": torch.float32}

@@ -182,3 +182,11 @@ def test_main_is_sft_at_the_first_step(q, reference, dist):
     found, _ = one_step(iw_sft, [random_model("qwen2", seed) for seed in (0, reference)], problems_per_step=4, q=q)
     wanted, _ = one_step(sft, [random_model("qwen2")], problems_per_step=4)
     assert equal(found[0], wanted[0])
+
+
+def test_ema_follows_the_policy(dist):
+    models = [random_model("qwen2", seed) for seed in (0, 1, 2)]
+    one_step(iw_sft, models, problems_per_step=4, q="ema", q_decay=0.7, lr=1e-2)
+    start = random_model("qwen2", 2).parameters()
+    for policy, ema, before in zip(models[0].parameters(), models[2].parameters(), start, strict=True):
+        assert torch.allclose(common.full_tensor(ema), 0.7 * before + 0.3 * common.full_tensor(policy), atol=1e-6)
