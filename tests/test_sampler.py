@@ -101,9 +101,11 @@ def test_sync_brings_every_weight(model_folder, tokenizer, dist):
     assert [r.completion_ids for g in before for r in g] != [r.completion_ids for g in after for r in g]
     theirs = dict(policy.model.named_parameters())
     assert all(torch.equal(p, common.full_tensor(theirs[name])) for name, p in sampler.model.named_parameters())
-    other = common.shard(random_model("llama"), dist)
-    with pytest.raises(RuntimeError, match="parameters differ"):
-        sampler.sync(other)
+    weights = list(common.named_weights(policy))
+    with pytest.raises(RuntimeError, match="parameters of the sampler were not updated: \\['model.embed_tokens.weight'\\]"):
+        sampler.sync((name, weight) for name, weight in weights if "embed" not in name)
+    with pytest.raises(RuntimeError, match="the sampler has no parameter other.weight"):
+        sampler.sync([*weights, ("other.weight", weights[0][1])])
 
 
 def test_a_prefix_without_room_is_refused(sampler):
