@@ -21,8 +21,32 @@ PANELS = {  # key of metrics.jsonl: axis label; those after entropy are drawn on
     "completion_tokens": "completion tokens",
     "entropy": "entropy (nats)",
     "plain_reward": "reward without a hint",
+    "expert_reward": "reward of expert rows",
+    "expert_advantage": "advantage of expert rows",
+    "expert_probability": "probability of expert tokens",
+    "hybrid_reward": "reward of hybrid rows",
+    "prefix_fraction": "share of the trace in a prefix",
+    "kept_prefix_tokens": "prefix tokens trained",
+    "hint_fraction": "share of the trace in a hint",
+    "correct": "share of right rows",
+    "hint_loss": "NLL of hint tokens",
     "search_rate": "share of problems searched",
     "anchor_depth": "anchor depth (share of episodes)",
+    "search_rounds": "search rounds",
+    "guided_rows": "share of rows with a prefix",
+    "buffer": "failed questions in the buffer",
+    "sft_rows": "rows of the SFT step",
+    "gated": "share of groups sent to SFT",
+    "mu": "mu, the share of SFT",
+    "sft_loss": "SFT loss",
+    "sft_weight": "weight of imitation",
+    "positive_weight": "weight of positive rows",
+    "cooperative_gain": "cooperative gain",
+    "shadow_clip_fraction": "clipped tokens of the shadow",
+    "weight": "mean weight of a token",
+    "weight_max": "largest weight",
+    "nll": "NLL of expert tokens",
+    "sampler_ratio_max": "largest trainer / sampler ratio",
     "kl": "KL to the reference",
 }
 
@@ -74,7 +98,7 @@ def main(cfg: Config) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o" if key == "test_accuracy" else "", ms=3, lw=1.2, label=folder.name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        if key in ("reward", "test_accuracy", "plain_reward", "search_rate", "anchor_depth"):
+        if label.startswith(("reward", "test accuracy", "share", "anchor", "probability")):
             axis.set_ylim(-0.02, 1.02)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")

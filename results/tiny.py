@@ -1,0 +1,93 @@
+"""Every method on the tiny model at equal settings: test accuracy over steps, mean and range over seeds.
+
+python results/tiny.py                            runs all that is missing under runs/tiny, then tables
+python results/tiny.py --methods grpo bread       some of them
+python results/tiny.py --steps 0                  only the table and the figure, from results/tiny.jsonl
+
+One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to twice as many), their expert traces for
+sft and iw_sft. Settings: each file's own defaults under tiny/settings.json, tuned for no method (relift: no entropy bonus).
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+METHODS = "bread grpo sft luffy srft relift uft prefix_rft bridge iw_sft chord hpt trapo".split()
+
+
+@dataclass
+class Config:
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 60  # 0: no runs
+    out: Path = Path("runs/tiny")
+
+
+def run(method: str, seed: int, steps: int, out: Path) -> dict:
+    """Train once; test accuracy at each evaluation, with commit and versions. Loud when the run fails."""
+    folder = out / f"{method}-{seed}"
+    command = [sys.executable, str(HERE.parent / f"{method}.py"), "--model", "tiny", "--seed", str(seed), "--steps", str(steps)]
+    start = time.time()
+    subprocess.run([*command, "--out", str(folder), "--save_every", "100000"], check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "test_accuracy": {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row},
+        "seconds": round(time.time() - start),
+        "commit": config["commit"],
+        "versions": config["versions"] | {"hardware": config["hardware"]},
+    }
+
+
+def show(records: list[dict]) -> None:
+    """Markdown table of mean (lowest to highest seed), and the figure."""
+    methods = [m for m in METHODS if any(r["method"] == m for r in records)]
+    steps = sorted({int(s) for r in records for s in r["test_accuracy"]})
+    print("| method | seeds | " + " | ".join(f"step {s}" for s in steps[1:]) + " |\n|---|---|" + "---|" * len(steps[1:]))
+    figure, axes = plt.subplots(-(-len(methods) // 4), 4, figsize=(11, 2.3 * -(-len(methods) // 4)), sharex=True, sharey=True)
+    for axis, method in zip(axes.flat, methods, strict=False):
+        runs = [{int(s): a for s, a in r["test_accuracy"].items()} for r in records if r["method"] == method]
+        values = [[run[s] for run in runs] for s in steps]
+        means = [sum(v) / len(v) for v in values]
+        cells = [f"{m:.2f} ({min(v):.2f} to {max(v):.2f})" for m, v in zip(means, values, strict=True)]
+        print(f"| {method} | {len(runs)} | " + " | ".join(cells[1:]) + " |")
+        axis.plot(steps, means, color="black", lw=1.5)
+        for run in runs:
+            axis.plot(steps, [run[s] for s in steps], color="tab:blue", lw=0.8, alpha=0.7)
+        axis.set(title=method, ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(methods) :]:
+        axis.axis("off")
+    figure.supxlabel("step")
+    figure.supylabel("test accuracy")
+    figure.tight_layout()
+    figure.savefig(HERE / "tiny.png", dpi=110)
+
+
+def main(cfg: Config) -> None:
+    found = HERE / "tiny.jsonl"
+    records = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    for seed in cfg.seeds if cfg.steps else ():
+        for method in cfg.methods:
+            if not any((r["method"], r["seed"], r["steps"]) == (method, seed, cfg.steps) for r in records):
+                records.append(run(method, seed, cfg.steps, cfg.out))
+                with found.open("a") as file:
+                    file.write(json.dumps(records[-1]) + "\n")
+    show(records)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
