@@ -55,7 +55,9 @@ class Config:
     temperature: float = 1.0  # of sampler and log-probabilities alike
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    sampler: str = "auto"  # inference engine
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
+    sampler_memory: float = 0.4  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
     # bilevel
     lam: float = 0.5  # share of RL; the rest is SFT
     lam_schedule: Literal["constant", "linear"] = "constant"  # linear: from 0 up to 1 over the run
@@ -215,7 +217,8 @@ def main(cfg: Config) -> None:
         for _ in range(2)
     )
     reference = common.load_policy(cfg.model, dist).requires_grad_(False) if cfg.kl_coef else None
-    sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
+    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
     (base, adapter), (shadow_base, shadow_adapter) = split_parameters(policy), split_parameters(shadow)
     optimizer = torch.optim.AdamW(base, lr=cfg.lr, weight_decay=cfg.weight_decay)
     shadow_optimizer = torch.optim.AdamW(shadow_base, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -271,6 +274,7 @@ def main(cfg: Config) -> None:
 
         # Update
         with log.timer("update"):
+            sampler.sleep()
             lam = cfg.lam if cfg.lam_schedule == "constant" else step / max(1, cfg.steps - 1)
             warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
             lr = cfg.lr * warm

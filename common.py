@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -31,7 +32,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -95,10 +96,16 @@ def init(seed: int) -> Dist:
     return Dist(rank, world_size, device)
 
 
+before_shutdown: list[Callable[[], None]] = []  # what must end while the process group still stands
+
+
 def shutdown() -> None:
     """Leave the process group, so that torchrun ends without a warning."""
     if td.is_initialized():
         td.barrier()
+    while before_shutdown:
+        before_shutdown.pop()()
+    if td.is_initialized():
         td.destroy_process_group()
 
 
@@ -610,23 +617,50 @@ def group_seed(seed: tuple[int, ...], problem_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(repr((seed, problem_id)).encode(), digest_size=7).digest(), "big")
 
 
+def load_sampler(
+    kind: str,  # vllm, hf, or auto: vLLM where it is installed and a GPU is there
+    name: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    dist: Dist,
+    max_tokens: int,  # of prompt and completion
+    memory: float,  # share of the GPU for vLLM
+    tensor_parallel: int,  # ranks that share a vLLM engine
+) -> "Sampler":
+    """The inference engine of a run. Where `auto` chooses, it says what."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
+    if kind == "hf" or not installed or (kind == "auto" and dist.device.type == "cpu"):
+        return Sampler(name, tokenizer, dist)
+    from vllm_sampler import VLLMSampler  # noqa: PLC0415, costs seconds and gigabytes
+
+    return VLLMSampler(name, tokenizer, dist, max_tokens, memory, tensor_parallel)
+
+
+def stop_ids(tokenizer: transformers.PreTrainedTokenizerBase, generation_config: transformers.GenerationConfig) -> list[int]:
+    """Tokens that end a completion: the tokenizer's EOS and the model's."""
+    ids = generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
+
+
 class Sampler:
     """Generates completions from an inference copy of the weights; sharded training weights never decode.
 
-    The back end here is transformers with a decode loop of our own, so that finished rows leave the batch.
+    The back end here is transformers with a decode loop of our own, so that finished rows leave the batch; vllm_sampler.py has the
+    other.
     """
 
-    def __init__(self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, dist: Dist, kind: str = "auto"):
-        if kind not in ("auto", "hf"):
-            fail(f"--sampler {kind} is not available; auto and hf are")
+    def __init__(self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, dist: Dist):
         self.tokenizer, self.dist = tokenizer, dist
         dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         self.model = load_model(name, dtype, "sdpa").to(dist.device).eval()
         self.model.requires_grad_(False)
-        config_ids = self.model.generation_config.eos_token_id
-        config_ids = config_ids if isinstance(config_ids, list) else [config_ids]
-        self.stop_ids = sorted({tokenizer.eos_token_id, *(i for i in config_ids if i is not None)})
+        self.stop_ids = stop_ids(tokenizer, self.model.generation_config)
         self.max_batch_tokens = 2**15 if dist.device.type == "cpu" else 2**19  # tokens in the KV cache at a time
+
+    def sleep(self) -> None:
+        """Leave the device to the update; the copy of the weights stays. vLLM's sampler has more to do here."""
 
     @torch.no_grad()
     def sync(self, weights: Policy | Iterable[tuple[str, Tensor]]) -> None:
@@ -651,9 +685,7 @@ class Sampler:
         top_p: float = 1.0,
     ) -> list[list[Rollout]]:
         """n completions per problem. top_p below 1 biases the ratio, so training never passes it."""
-        prefixes = prefixes or [[] for _ in problems]
-        if any(len(prefix) >= max_tokens for prefix in prefixes):
-            raise ValueError(f"a prefix leaves no room under {max_tokens} completion tokens")
+        prefixes = check_prefixes(problems, prefixes, max_tokens)
         size = [len(p.prompt_ids) + len(prefix) for p, prefix in zip(problems, prefixes, strict=True)]
         order = sorted(range(len(problems)), key=lambda i: size[i])
         groups: list[list[Rollout]] = [[] for _ in problems]
@@ -668,6 +700,13 @@ class Sampler:
             for i, group in zip(chunk, made, strict=True):
                 groups[i] = group
         bar.close()
+        return self.finish(groups)
+
+    def finish(self, groups: list[list[Rollout]]) -> list[list[Rollout]]:
+        """Fill in text and whether a stop token ended it."""
+        for rollout in (rollout for group in groups for rollout in group):
+            rollout.text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+            rollout.finished = rollout.completion_ids[-1] in self.stop_ids
         return groups
 
     def _decode(self, problems, prefixes, n, max_tokens, temperature, seed, top_p, bar) -> list[list[Rollout]]:
@@ -735,14 +774,17 @@ class Sampler:
             group = []
             for r in range(i * n, (i + 1) * n):
                 new = tokens[r][: lengths[r]]
-                ended = new[-1] in self.stop_ids
-                group.append(Rollout(problem, [*prefix, *new], len(prefix), logprobs[r][: lengths[r]], finished=ended))
+                group.append(Rollout(problem, [*prefix, *new], len(prefix), logprobs[r][: lengths[r]]))
             groups.append(group)
-        flat = [rollout for group in groups for rollout in group]
-        texts = self.tokenizer.batch_decode([r.completion_ids for r in flat], skip_special_tokens=True)
-        for rollout, text in zip(flat, texts, strict=True):
-            rollout.text = text
         return groups
+
+
+def check_prefixes(problems: list[Problem], prefixes: list[list[int]] | None, max_tokens: int) -> list[list[int]]:
+    """One prefix per problem, empty where none are given; ValueError where one leaves no room."""
+    prefixes = prefixes or [[] for _ in problems]
+    if any(len(prefix) >= max_tokens for prefix in prefixes):
+        raise ValueError(f"a prefix leaves no room under {max_tokens} completion tokens")
+    return prefixes
 
 
 def nucleus(logp: Tensor, top_p: float) -> Tensor:

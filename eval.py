@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch.distributed as td
@@ -33,7 +34,9 @@ class Config:
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
     many_boxes: str = "zero"  # several different boxes: zero, or last to take the last one
-    sampler: str = "auto"  # inference engine
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
+    sampler_memory: float = 0.8  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
     seed: int = 0
 
 
@@ -78,7 +81,8 @@ def main(cfg: Config) -> None:
     n, temperature = (1, 0.0) if cfg.greedy else (cfg.samples, cfg.temperature)
     tokenizer = common.load_tokenizer(cfg.model)
     problems = common.load_problems(cfg.data, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
-    sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
+    longest = cfg.max_prompt_tokens + cfg.max_tokens
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
     samples, errors = {}, 0
     mine = range(dist.rank, len(problems), dist.world_size)
     for start in tqdm(range(0, len(mine), 64), desc="problems x 64", disable=None):

@@ -50,7 +50,9 @@ class Config:
     temperature: float = 1.0  # of sampler and log-probabilities alike
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    sampler: str = "auto"  # inference engine
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
+    sampler_memory: float = 0.4  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
     # loss
     scale_by_std: bool = True  # divide the advantage by the group's std
     zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: in the update and its denominator, or left out
@@ -132,7 +134,8 @@ def main(cfg: Config) -> None:
     test = common.load_problems(cfg.test_data, tokenizer, **data, split="test") if cfg.test_data else []
     policy = common.load_policy(cfg.model, dist, cfg.checkpoint_activations)
     reference = common.load_policy(cfg.model, dist).requires_grad_(False) if cfg.kl_coef else None
-    sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
+    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log = common.RunLog(cfg, __file__, dist)
@@ -181,6 +184,7 @@ def main(cfg: Config) -> None:
 
         # Update
         with log.timer("update"):
+            sampler.sleep()
             lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup_steps or 1))
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr

@@ -56,7 +56,9 @@ class Config:
     temperature: float = 1.0  # of sampler and log-probabilities alike
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    sampler: str = "auto"  # inference engine, for the evaluation
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # for the evaluation; auto: vLLM where there is one and a GPU
+    sampler_memory: float = 0.4  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
     # weights
     weight: Literal["iw", "iw_step", "dft", "trsft", "chord_phi", "pear"] = "iw"  # see above
     q: Literal["policy", "ema", "reference"] = "policy"  # of iw and iw_step
@@ -168,7 +170,8 @@ def main(cfg: Config) -> None:
     train = common.load_problems(cfg.data, tokenizer, **data, require_expert=True)
     test = common.load_problems(cfg.test_data, tokenizer, **data, split="test") if cfg.test_data else []
     policy = common.load_policy(cfg.model, dist, cfg.checkpoint_activations)
-    sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
+    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
     ratio = cfg.weight in ("iw", "iw_step")
     needed = ratio or cfg.weight == "pear"
     reference = common.load_policy(cfg.reference or cfg.model, dist).requires_grad_(False) if needed else None
@@ -228,6 +231,7 @@ def main(cfg: Config) -> None:
 
         # Update
         with log.timer("update"):
+            sampler.sleep()
             lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.final_lr)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr

