@@ -17,7 +17,7 @@ answer, is never shown; without a group in the band the shortest prefix with any
 group stays as it is, with zero advantage; the prefix opens the assistant's turn. Group size, lr and clip are grpo.py's.
 
     torchrun bread.py --model Qwen2.5-1.5B                               one GPU
-    torchrun --nproc_per_node 8 bread.py --model Qwen2.5-7B              eight GPUs
+    torchrun --nproc_per_node 8 bread.py --problems_per_step 32 --steps 200 --warmup_steps 10 --clip_high 0.3  a published re-run's
     python bread.py --model tiny                                         a laptop, about two minutes
 """
 

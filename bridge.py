@@ -18,7 +18,7 @@ one RL step, made anew each time; --reset_every n: copied from theta every n ste
 range); rank 16, alpha 32 on every linear layer. --no-meta drops the gain, the ablation that the paper says costs ten points.
 
     torchrun bridge.py --model Qwen2.5-1.5B                              one GPU
-    torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B             eight GPUs
+    torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B --data math_levels_3_to_5.jsonl  the paper's, as far as it is known
     python bridge.py --model tiny                                        a laptop
 """
 

@@ -13,7 +13,7 @@ Differs from grpo.py in the expert rows of a step and in the mix. --mu_peak 0 --
 Departures. The official SFT mean is per micro-batch; here it is over all expert tokens of the step.
 
     torchrun chord.py --model Qwen2.5-1.5B                               one GPU
-    torchrun --nproc_per_node 8 chord.py --model Qwen2.5-7B-Instruct --phi --mu_peak 0.1 --mu_valley 0.1
+    torchrun --nproc_per_node 8 chord.py --model Qwen2.5-7B-Instruct --max_completion_tokens 10240  the official settings
     python chord.py --model tiny                                         a laptop
 """
 

@@ -15,7 +15,7 @@ model, which is what the field runs. Dr.GRPO is --no-scale_by_std --loss_norm co
 --zero_variance drop (its redrawing of dropped groups is not here). A negative clip bound switches that side off.
 
     torchrun grpo.py --model Qwen2.5-1.5B                                one GPU
-    torchrun --nproc_per_node 8 grpo.py --model Qwen2.5-7B               eight GPUs
+    torchrun --nproc_per_node 8 grpo.py --model runs/SFT/final --no-scale_by_std --clip_high 0.28 --updates_per_step 2
     python grpo.py --model tiny                                          a laptop
 """
 

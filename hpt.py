@@ -13,7 +13,7 @@ SFT (so that their ratio hangs on the lengths), no clip, sft_coef 1 (0.3 at 1.5B
 the gradient norm exceeds skip_above. The rows in the RL denominator are those of the groups that passed.
 
     torchrun hpt.py --model Qwen2.5-1.5B                                 one GPU
-    torchrun --nproc_per_node 8 hpt.py --model Qwen2.5-Math-7B           eight GPUs
+    torchrun --nproc_per_node 8 hpt.py --model Qwen2.5-Math-7B --rope_theta 40000 --max_positions 16384  the paper's
     python hpt.py --model tiny                                           a laptop
 """
 

@@ -21,7 +21,7 @@ are seldom known, the official code takes the start model, and --reference names
 are not normalised; --normalize divides them by their mean over the step's tokens.
 
     torchrun iw_sft.py --model Qwen2.5-1.5B                              one GPU
-    torchrun --nproc_per_node 8 iw_sft.py --model Qwen2.5-32B-Instruct --data simplescaling/s1K-1.1
+    torchrun --nproc_per_node 8 iw_sft.py --model Qwen2.5-32B-Instruct --data simplescaling/s1K-1.1 --loss_norm sequence
     python iw_sft.py --model tiny                                        a laptop
 """
 

@@ -17,7 +17,7 @@ the paper's equation 5 is --loss_norm token. The entropy bonus has the loss's we
 with their number. --gamma -1 is the unshaped mixed policy of the ablation.
 
     torchrun luffy.py --model Qwen2.5-1.5B                               one GPU
-    torchrun --nproc_per_node 8 luffy.py --model Qwen2.5-Math-7B         eight GPUs
+    torchrun --nproc_per_node 8 luffy.py --model Elliott/Qwen2.5-Math-7B-16k-think  the paper's
     python luffy.py --model tiny                                         a laptop
 """
 

@@ -20,7 +20,7 @@ is left out. The filter ranks within a row, so that it does not depend on the pa
 ranking. Prefixes are token ids, never decoded and tokenised again.
 
     torchrun prefix_rft.py --model Qwen2.5-1.5B                          one GPU
-    torchrun --nproc_per_node 8 prefix_rft.py --model Qwen2.5-Math-7B    eight GPUs
+    torchrun --nproc_per_node 8 prefix_rft.py --model Qwen2.5-Math-7B --rope_theta 40000 --max_positions 16384  the paper's
     python prefix_rft.py --model tiny                                    a laptop
 """
 

@@ -17,7 +17,7 @@ gradient as many times too small; here the SFT mean is over all tokens of all ra
 code has 1e-3. Expert traces are the data set's, verified once at load.
 
     torchrun relift.py --model Qwen2.5-1.5B                              one GPU
-    torchrun --nproc_per_node 8 relift.py --model Qwen2.5-Math-7B        eight GPUs
+    torchrun --nproc_per_node 8 relift.py --model Elliott/Qwen2.5-Math-7B-16k-think --steps 1070 --grad_clip 0.7  the paper's
     python relift.py --model tiny                                        a laptop
 """
 

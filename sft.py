@@ -12,7 +12,7 @@ of the second stage, `grpo.py --model runs/.../final`.
 Departures: the cosine ends at 10 % of the peak and rows are packed without padding, as in the paper; no sequence is cut.
 
     torchrun sft.py --model Qwen2.5-1.5B                                 one GPU
-    torchrun --nproc_per_node 8 sft.py --model Qwen2.5-7B                eight GPUs
+    torchrun --nproc_per_node 8 sft.py --model Elliott/Qwen2.5-Math-7B-16k-think  the SFT of 2604.23747
     python sft.py --model tiny                                           a laptop
 """
 

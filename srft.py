@@ -21,7 +21,7 @@ the row's mean, the only scope seen in code that ran; --entropy_scope token is t
 --positive_entropy_sign 0. The normalisers differ on purpose, a token mean for the imitation and --loss_norm for the rest.
 
     torchrun srft.py --model Qwen2.5-1.5B                                one GPU
-    torchrun --nproc_per_node 8 srft.py --model Qwen2.5-Math-7B          eight GPUs
+    torchrun --nproc_per_node 8 srft.py --model Elliott/Qwen2.5-Math-7B-16k-think  the paper's
     python srft.py --model tiny                                          a laptop
 """
 

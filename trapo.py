@@ -16,7 +16,7 @@ Departures. Sizes 4, 2, 1, 1, shares 0, 0.2, 0.5, 1 and thresholds -1, 0.5, 0.7,
 reads a second trace there. Expert tokens never carry an advantage. lr 5e-6 is the paper's.
 
     torchrun trapo.py --model Qwen2.5-1.5B                               one GPU
-    torchrun --nproc_per_node 8 trapo.py --model Qwen2.5-Math-7B         eight GPUs
+    torchrun --nproc_per_node 8 trapo.py --model Qwen2.5-Math-7B --rope_theta 40000 --max_positions 16384  the paper's
     python trapo.py --model tiny                                         a laptop
 """
 

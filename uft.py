@@ -18,7 +18,7 @@ are means over all tokens. The hint counts against max_completion_tokens and ope
 token draw from Binomial(segments) and Binomial(tokens), --schedule uniform is R3's (every length equally likely, no annealing).
 
     torchrun uft.py --model Qwen2.5-1.5B                                 one GPU
-    torchrun --nproc_per_node 8 uft.py --model Qwen2.5-3B                eight GPUs
+    torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --data countdown.jsonl --entropy_coef 0.001  the paper's
     python uft.py --model tiny                                           a laptop
 """
 
