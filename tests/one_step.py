@@ -1,5 +1,6 @@
 """One update of a method's main on given models and rows, without data sets, sampler and run folder: the gradients it clips."""
 
+from collections.abc import Callable
 from types import ModuleType
 from unittest import mock
 
@@ -24,8 +25,20 @@ def fixed_groups() -> list[list[common.Rollout]]:
     return groups
 
 
-def one_step(method: ModuleType, models: list, groups: list | None = None, **flags) -> tuple[list[list[torch.Tensor]], mock.Mock]:
-    """models: what common.load_model returns, in main's order. The gradients at every clip, in order; and the log."""
+def reward_experts(groups: list[list[common.Rollout]]) -> int:
+    """Rows of the policy come with their reward; the expert's are right."""
+    for row in (row for group in groups for row in group if row.num_expert_tokens == len(row.completion_ids)):
+        row.reward = 1.0
+    return 0
+
+
+def one_step(
+    method: ModuleType, models: list, groups: list | Callable | None = None, problems: list | None = None, **flags
+) -> tuple[list[list[torch.Tensor]], mock.Mock]:
+    """models: what common.load_model returns, in main's order; groups: what is sampled, or a function of generate's arguments.
+
+    The gradients at every clip, in order; and the log.
+    """
     log, found, clip, queue = mock.MagicMock(), [], common.clip_gradients, iter(models)
     log.should_stop.return_value = False
 
@@ -36,11 +49,11 @@ def one_step(method: ModuleType, models: list, groups: list | None = None, **fla
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_tokenizer", lambda name: byte_tokenizer())
-        patch.setattr(common, "load_problems", lambda *args, **kwargs: expert_problems())
+        patch.setattr(common, "load_problems", lambda *args, **kwargs: problems or expert_problems())
         patch.setattr(common, "load_model", lambda *args: next(queue))
         patch.setattr(common, "Sampler", mock.Mock())
-        common.Sampler.return_value.generate.return_value = groups
-        patch.setattr(common, "score", lambda groups: 0)
+        common.Sampler.return_value.generate = groups if callable(groups) else mock.Mock(return_value=groups)
+        patch.setattr(common, "score", reward_experts)
         patch.setattr(common, "RunLog", lambda *args: log)
         patch.setattr(common, "resume", lambda *args: (0, {}))
         patch.setattr(common, "save", mock.Mock())
