@@ -47,11 +47,13 @@ class Config:
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     max_completion_tokens: int = 8192  # hint included
     temperature: float = 1.0  # of sampler and log-probabilities alike
-    template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
+    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.4  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
+    rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
+    max_positions: int = 0  # window of the model; 0: its own
     # SFT
     sft_problems_per_step: int = 64  # expert traces over all ranks
     mu_peak: float = 0.9  # largest share of SFT in the loss

@@ -161,12 +161,26 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
+CONTEXT = {"rope_theta": 0.0, "max_positions": 0}  # what --rope_theta and --max_positions ask of every model that is loaded
+
+
+def stretch(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The model's config with another rotary base and window where the flags ask for it; the exported model keeps both."""
+    if CONTEXT["rope_theta"]:
+        if not getattr(config, "rope_parameters", None):
+            fail(f"--rope_theta: {config.model_type} has no rotary position embedding")
+        config.rope_parameters = config.rope_parameters | {"rope_theta": CONTEXT["rope_theta"]}
+    if CONTEXT["max_positions"]:
+        config.max_position_embeddings = CONTEXT["max_positions"]
+    return config
+
+
 def load_model(name: str, dtype: torch.dtype, attention: str) -> transformers.PreTrainedModel:
     """A Hugging Face causal LM on the CPU, dropout off."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=dtype, attn_implementation=attention, attention_dropout=0.0
-        )
+        folder = resolve_model(name)
+        config = stretch(transformers.AutoConfig.from_pretrained(folder, attention_dropout=0.0))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         fail(f"--model {name}: no model could be loaded from {resolve_model(name)} ({first_line(error)})")
     for module in model.modules():
@@ -382,10 +396,16 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 # Problems
 # ----------------------------------------------------------------------------------------------------------------------
 
-TEMPLATES = {
+THINK_REQUEST = (
+    "Reason step by step before you answer. Write the reasoning between <think> and </think>, where you may explore, verify and "
+    "correct yourself, and after it the solution, with the final answer within \\boxed{}."
+)
+TEMPLATES = {  # chat is the tokenizer's own; think is chat, or this where there is none, with an open <think> at the end
     "plain": "{problem}\n",
     "qwen_math": "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{{}}.<|im_end|>\n"
     "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+    "think": f"<|im_start|>system\n{THINK_REQUEST.replace('{}', '{{}}')}<|im_end|>\n"
+    "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n<think>\n",
 }
 BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FIELDS = {
@@ -404,6 +424,8 @@ class Problem:
     prompt_ids: list[int]
     answer: str | dict
     expert_ids: list[int] | None
+    thinks: bool = False  # the prompt ends with an open <think>: only what follows </think> is the answer
+    step_ends: tuple[int, ...] = ()  # expert tokens up to the end of each step, where the data set has steps
 
 
 def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
@@ -424,14 +446,15 @@ def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
                     fail(f"{name}:{i + 1} is not a JSON object")
                 rows.append((f"{name}:{i + 1}", row))
         return rows
-    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    hub_name, _, part = name.partition(":")  # owner/name, or owner/name:configuration
+    if path.suffix or name.startswith((".", "/", "~")) or hub_name.count("/") != 1:
         fail(f"there is no data file {name}")
     try:
-        parts = datasets.load_dataset(name)
+        parts = datasets.load_dataset(hub_name, part or None)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         fail(f"{name} is neither a file nor a data set that the hub gives ({first_line(error)})")
-    part = parts[split] if split in parts else parts[next(iter(parts))]
-    return [(f"{name}:{i + 1}", row) for i, row in enumerate(part)]
+    rows = parts[split] if split in parts else parts[next(iter(parts))]
+    return [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
 
 
 def last_box(text: str) -> str | None:
@@ -447,7 +470,16 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
             if row.get(name) is not None:
                 found[field] = row[name]
                 break
-    if "messages" in row and not names:
+    if "generations" in row and not names:  # OpenR1: the first generation that was found right
+        verdicts = row.get("correctness_math_verify") or row.get("correctness_llama") or []
+        found["solution"] = next((text for text, right in zip(row["generations"], verdicts, strict=False) if right), None)
+    elif {"deepseek_thinking_trajectory", "deepseek_attempt"} <= set(row) and not names:  # s1K-1.1
+        found["answer"] = last_box(row["solution"]) or row["solution"].strip()
+        found["solution"] = f"<think>\n{row['deepseek_thinking_trajectory']}\n</think>\n\n{row['deepseek_attempt']}"
+    elif {"thinking_trajectories", "attempt"} <= set(row) and not names:  # s1K
+        found["answer"] = last_box(row["solution"]) or row["solution"].strip()
+        found["solution"] = f"<think>\n{''.join(row['thinking_trajectories'])}\n</think>\n\n{row['attempt']}"
+    elif "messages" in row and not names:
         found["problem"] = [m for m in row["messages"] if m["role"] != "assistant"]
         found["solution"] = next((m["content"] for m in row["messages"] if m["role"] == "assistant"), None)
     if isinstance(row.get("target"), list) and "solution" not in found:  # LUFFY / verl
@@ -465,19 +497,44 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
     return {field: text for field, text in found.items() if text not in (None, "", [])}
 
 
-def with_box(solution: str, answer: str | dict, row: dict) -> str:
-    """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets it as last line."""
-    if boxed(solution):
+def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
+    """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets it as last line.
+
+    After an open <think> the tag is not repeated, and a trace that never closes it is the thought.
+    """
+    if thinks:
+        solution = solution.removeprefix("<think>").lstrip("\n")
+    if boxed(answer_part(solution, thinks)):
         return solution
     final = row.get("answer", "") if isinstance(answer, dict) else answer
-    return f"{solution.split('####')[0].rstrip()}\n\\boxed{{{final}}}"
+    body = solution.split("####")[0].rstrip()
+    closing = "\n</think>" if thinks and "</think>" not in solution else ""
+    return f"{body}{closing}\n\\boxed{{{final}}}"
+
+
+def step_ends(steps: object, solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Tokens up to the end of each step of a trace: steps are strings that, joined, open the solution; else there are none.
+
+    The last step takes all the rest, the answer's box and EOS included; a step that ends inside a token ends after it.
+    """
+    if not isinstance(steps, (list, tuple)) or len(steps) < 2 or not solution.startswith("".join(steps)):
+        return ()
+    ends, place = [], 0
+    for step in steps[:-1]:
+        place += len(step)
+        ends.append(sum(start < place for start, _ in offsets))
+    return (*sorted(set(ends)), len(offsets) + 1)
 
 
 def render(problem: str | list[dict], tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> tuple[str, list[int]]:
     """The prompt of a question as text and ids, with exactly one BOS where the tokenizer wants one."""
-    if template == "chat":
+    if template == "chat" or (template == "think" and tokenizer.chat_template):
         messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem + BOX_REQUEST}]
+        if template == "think" and not isinstance(problem, list):
+            messages = [{"role": "system", "content": THINK_REQUEST}, {"role": "user", "content": problem}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if template == "think" and not text.rstrip().endswith("<think>"):
+            text += "<think>\n"
     else:
         question = problem if isinstance(problem, str) else problem[-1]["content"]
         text = TEMPLATES[template].format(problem=question)
@@ -491,7 +548,7 @@ def render(problem: str | list[dict], tokenizer: transformers.PreTrainedTokenize
 def load_problems(
     name: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    template: str = "auto",  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
+    template: str = "auto",  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = "",  # "problem=... answer=... solution=..."
     max_prompt_tokens: int = 1024,
     max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
@@ -514,7 +571,7 @@ def load_problems(
     parsed = [(where, row, read_fields(row, names)) for where, row in rows]
     gold_ok = iter(golds_parse([found["answer"] for _, _, found in parsed if "answer" in found]))
     for where, row, found in parsed:
-        reason, expert_ids = None, None
+        reason, expert_ids, ends = None, None, ()
         answer_ok = next(gold_ok) if "answer" in found else False
         missing = [f for f in ("problem", "answer", *(["solution"] * require_expert)) if f not in found]
         if missing:
@@ -523,13 +580,16 @@ def load_problems(
             reason = "answer that the verifier cannot parse"
         else:
             text, prompt_ids = render(found["problem"], tokenizer, template)
-            prompt_text = prompt_text or text
+            prompt_text, thinks = prompt_text or text, text.rstrip().endswith("<think>")
             if len(prompt_ids) > max_prompt_tokens:
                 reason = f"prompt over {max_prompt_tokens} tokens"
         if reason is None and require_expert:
-            solution = with_box(found["solution"], found["answer"], row)
-            boxes_added += solution != found["solution"]
-            expert_ids = [*tokenizer(solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            solution = with_box(found["solution"], found["answer"], row, thinks)
+            boxes_added += not boxed(answer_part(found["solution"], thinks))
+            encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
+            expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
+            steps = row.get("steps") or (row.get("meta") or {}).get("steps")
+            ends = step_ends(steps, solution, encoded.offset_mapping)
             if len(expert_ids) > max_completion_tokens:
                 reason = f"expert trace over {max_completion_tokens} tokens"
         if reason is None:
@@ -537,12 +597,12 @@ def load_problems(
             row_id = row_id if row_id not in seen else f"{row_id}#{where.rsplit(':', 1)[-1]}"
             seen.add(row_id)
             question = found["problem"] if isinstance(found["problem"], str) else found["problem"][-1]["content"]
-            problems.append((where, Problem(row_id, question, prompt_ids, found["answer"], expert_ids)))
+            problems.append((where, Problem(row_id, question, prompt_ids, found["answer"], expert_ids, thinks, ends)))
         else:
             dropped[reason] += 1
             examples.setdefault(reason, where)
     if require_expert and problems:
-        texts = [tokenizer.decode(p.expert_ids, skip_special_tokens=True) for _, p in problems]
+        texts = [answer_part(tokenizer.decode(p.expert_ids, skip_special_tokens=True), p.thinks) for _, p in problems]
         scores, _ = verify(texts, [p.answer for _, p in problems], progress="checking expert traces")
         for (where, _), score in zip(problems, scores, strict=True):
             if score != 1:
@@ -795,10 +855,12 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
 
 
 def episode_ends(problem: Problem, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """Expert tokens up to the end of each line (of each sentence where there are fewer than two lines): [..., len(expert_ids)].
+    """Expert tokens up to the end of each step that the data set names, else of each line: [..., len(expert_ids)].
 
-    Always on a token boundary; blank lines belong to the line before.
+    Of each sentence where there are fewer than two lines. Always on a token boundary; blank lines belong to the line before.
     """
+    if problem.step_ends:
+        return list(problem.step_ends)
     texts = [tokenizer.decode([token]) for token in problem.expert_ids]
     ends: list[int] = []
     for mark in ("\n", ".!?\n"):
@@ -856,6 +918,11 @@ def boxed(text: str) -> list[str]:
             last = end
             found.append(text[start:end].strip())
     return [content for content in found if content]
+
+
+def answer_part(text: str, thinks: bool) -> str:
+    """What is graded: all of it, or after an open <think> what is between the first </think> and the next; nothing without."""
+    return (text.split("</think>")[1:] or [""])[0] if thinks else text
 
 
 def plain_integer(text: str) -> bool:
@@ -978,7 +1045,7 @@ def verify(
 def score(groups: list[list[Rollout]]) -> int:
     """Write the verifier's reward into every rollout; the number of verifier errors."""
     flat = [rollout for group in groups for rollout in group]
-    rewards, errors = verify([r.text for r in flat], [r.problem.answer for r in flat])
+    rewards, errors = verify([answer_part(r.text, r.problem.thinks) for r in flat], [r.problem.answer for r in flat])
     for rollout, reward in zip(flat, rewards, strict=True):
         rollout.reward = reward
     return errors
@@ -1165,6 +1232,7 @@ def parse(config: type) -> object:
     used = {k: v for k, v in taken.items() if getattr(cfg, k) == v and k not in ("data", "test_data")}
     if used and not getattr(flags, "resume", ""):
         print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v}" for k, v in used.items()))
+    CONTEXT.update({k: getattr(cfg, k) for k in CONTEXT if k in fields})
     return cfg
 
 

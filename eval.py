@@ -31,7 +31,7 @@ class Config:
     greedy: bool = False  # temperature 0 and one sample
     max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
     max_tokens: int = 8192  # of a completion
-    template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
+    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
     many_boxes: str = "zero"  # several different boxes: zero, or last to take the last one
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU

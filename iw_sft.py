@@ -54,11 +54,13 @@ class Config:
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     max_completion_tokens: int = 20000  # longer expert traces are dropped at load
     temperature: float = 1.0  # of sampler and log-probabilities alike
-    template: str = "auto"  # chat, plain, qwen_math; auto: the tokenizer's own, else plain
+    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # for the evaluation; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.4  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
+    rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
+    max_positions: int = 0  # window of the model; 0: its own
     # weights
     weight: Literal["iw", "iw_step", "dft", "trsft", "chord_phi", "pear"] = "iw"  # see above
     q: Literal["policy", "ema", "reference"] = "policy"  # of iw and iw_step

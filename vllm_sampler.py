@@ -50,7 +50,7 @@ class VLLMSampler(common.Sampler):
             common.fail(f"--tensor_parallel {tensor_parallel} does not divide {dist.world_size} processes")
         self.tokenizer, self.dist, self.max_tokens, self.asleep = tokenizer, dist, max_tokens, set()
         folder, cuda = common.resolve_model(name), dist.device.type == "cuda"
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = common.stretch(transformers.AutoConfig.from_pretrained(folder))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         self.shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
@@ -65,6 +65,7 @@ class VLLMSampler(common.Sampler):
         self.engine = vllm.LLM(
             folder,
             skip_tokenizer_init=True,
+            hf_overrides=common.stretch,
             use_tqdm_on_load=False,
             generation_config="vllm",  # the model's own top_p or top_k would bias the ratio
             dtype="bfloat16" if cuda else "float32",

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import common
+import uft
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"problem": "1+1?", "answer": "2", "solution": "1+1\n\\boxed{2}"}
@@ -42,6 +43,135 @@ def test_recognised_columns(row, tmp_path, tokenizer):
     assert tokenizer.decode(problem.prompt_ids) == "1+1?\n"
     text = tokenizer.decode(problem.expert_ids)
     assert text.endswith("\\boxed{2}<eos>") and "1+1" in text
+
+
+THOUGHT = "<think>\n1+1 is \\boxed{3}? No.\n</think>\n\n1+1\n\\boxed{2}"
+S1K = {"question": "1+1?", "cot_type": "math", "metadata": "{}"}
+SCHEMAS = {
+    "OpenR1": {
+        "problem": "1+1?",
+        "solution": "A human's.",
+        "answer": "2",
+        "generations": ["<think>\nno\n</think>\n\\boxed{3}", THOUGHT],
+        "correctness_math_verify": [False, True],
+        "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "another"}],
+    },
+    "s1K-1.1": S1K
+    | {
+        "solution": "2",
+        "deepseek_thinking_trajectory": "1+1 is \\boxed{3}? No.",
+        "deepseek_attempt": "1+1\n\\boxed{2}",
+        "gemini_attempt": "x",
+    },
+    "s1K": S1K
+    | {"solution": "$\\boxed{2}$", "thinking_trajectories": ["1+1 is \\boxed{3}?", " No."], "attempt": "1+1\n\\boxed{2}"},
+    "LUFFY": {
+        "data_source": "math",
+        "prompt": [{"role": "system", "content": "Your task"}, {"role": "user", "content": "1+1?"}],
+        "target": [{"role": "assistant", "content": THOUGHT}],
+        "ability": "math",
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"index": 7, "split": "train"},
+    },
+}
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\n' }}"
+)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_thinking_schemas(schema, tmp_path, tokenizer):
+    """The prompt opens the tag, the trace does not repeat it, and only what follows </think> is graded: box 3 is in the thought."""
+    row = SCHEMAS[schema]
+    (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
+    prompt, trace = tokenizer.decode(problem.prompt_ids), tokenizer.decode(problem.expert_ids)
+    assert (
+        prompt.endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
+        and "</think>" in prompt.split("user")[0]
+    )
+    assert trace == "1+1 is \\boxed{3}? No.\n</think>\n\n1+1\n\\boxed{2}<eos>"
+    assert problem.thinks and problem.answer == "2" and problem.text == "1+1?"
+    with pytest.raises(SystemExit, match="no usable row"):  # without the gate the trace has two different boxes
+        load(tmp_path, [row], tokenizer, template="plain")
+
+
+def test_parquet_of_nested_columns(tmp_path, tokenizer):
+    from datasets import Dataset  # noqa: PLC0415
+
+    for schema in ("OpenR1", "LUFFY"):
+        Dataset.from_list([SCHEMAS[schema]] * 3).to_parquet(str(tmp_path / "rows.parquet"))
+        options = LIMITS | {"max_prompt_tokens": 900, "require_expert": True, "template": "think"}
+        assert len(common.load_problems(str(tmp_path / "rows.parquet"), tokenizer, **options)) == 3
+
+
+def test_no_right_generation_is_a_counted_drop(tmp_path, tokenizer, capsys):
+    row = SCHEMAS["OpenR1"] | {"correctness_math_verify": [False, False]}
+    assert len(load(tmp_path, [SCHEMAS["OpenR1"], row], tokenizer, template="think", max_prompt_tokens=900)) == 1
+    assert "1 dropped: no solution" in capsys.readouterr().out
+
+
+def test_math_style(tmp_path, tokenizer):
+    row = {"problem": "1+1?", "level": "Level 3", "type": "Algebra", "solution": "So $1+1=\\boxed{2}$."}
+    (problem,) = load(tmp_path, [row], tokenizer)
+    assert problem.answer == "2" and tokenizer.decode(problem.expert_ids) == row["solution"] + "<eos>"
+
+
+def test_think_template_of_a_chat_model(tmp_path, tokenizer, monkeypatch):
+    """The tokenizer's template, the row's own system message where it has one, and the tag opened once."""
+    prompts = []
+    for template in (CHAT, CHAT + "<think>{{ '\n' }}"):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        for row in (SCHEMAS["LUFFY"], GOOD):
+            (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
+            prompts.append(tokenizer.decode(problem.prompt_ids))
+            assert problem.thinks and prompts[-1].count("<think>\n") == 1 and prompts[-1].endswith("assistant\n<think>\n")
+    assert (
+        prompts[:2] == prompts[2:] and "system\nYour task<|im_end|>" in prompts[0] and "between <think> and </think>" in prompts[1]
+    )
+    (problem,) = load(tmp_path, [GOOD], tokenizer, template="chat", max_prompt_tokens=900)
+    assert problem.thinks, "a chat template that opens the tag is gated as well"
+
+
+def test_a_plain_trace_becomes_the_thought(tmp_path, tokenizer, capsys):
+    row = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+    (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
+    assert tokenizer.decode(problem.expert_ids) == "1+1=<<1+1=2>>2\n</think>\n\\boxed{2}<eos>"
+    assert "1 expert traces had no \\boxed{}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("a\n</think>\n\\boxed{2}", 1.0),
+        ("\\boxed{2}", 0.0),
+        ("\\boxed{2}</think>", 0.0),
+        ("\\boxed{3}</think>\\boxed{2}", 1.0),
+        ("x</think>\\boxed{3}</think>\\boxed{2}", 0.0),
+        ("x</think></think>\\boxed{2}", 0.0),
+    ],
+)
+def test_the_gate(text, reward):
+    """Only what stands between the first closing tag and the next counts; a template without the tag has no gate."""
+    thinking, plain = (common.Problem("a", "", [], "2", None, thinks) for thinks in (True, False))
+    group = [common.Rollout(thinking, [1], text=text), common.Rollout(plain, [1], text="\\boxed{2}")]
+    common.score([group])
+    assert [r.reward for r in group] == [reward, 1.0]
+
+
+def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path):
+    """Countdown's own steps: the sentence with the answer is the last one, so that no hint shows it."""
+    (problem, *_) = common.load_problems(
+        str(DATA / "countdown_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True
+    )
+    shown = [tokenizer.decode(problem.expert_ids[:c]) for c in common.episode_cuts(problem, tokenizer, 10, False)]
+    assert shown[1:3] == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"] and len(shown) == 4
+    cuts = uft.hint_cuts(common.episode_ends(problem, tokenizer), "chunk", 5)
+    assert tokenizer.decode(problem.expert_ids[: cuts[-1]]) == shown[2]
+    lines = GOOD | {"solution": "ab cd ef \\boxed{2}"}
+    for steps, wanted in ((["ab ", "cd ef "], 2), (["ab ", "other"], 0), (["all"], 0), ("ab ", 0)):
+        (problem,) = load(tmp_path, [lines | {"steps": steps}], tokenizer)
+        assert len(problem.step_ends) == wanted
+    assert problem.step_ends == ()
 
 
 def test_named_columns(tmp_path, tokenizer):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import chord
+import common
 import hpt
 import luffy
 import prefix_rft
@@ -130,6 +131,44 @@ def test_luffy_coefficient_peaks_at_gamma():
     c.lp = torch.full((4, T), math.log(math.sqrt(0.1) - 0.1), dtype=torch.float64, requires_grad=True)
     one, two = (torch.autograd.grad(run_luffy(c, gamma=g), c.lp)[0][0, 0].item() for g in (0.1, -1.0))
     assert one == pytest.approx(two)
+
+
+def test_luffy_limits_and_what_does_not_matter():
+    """2.7.3: gamma -> infinity times gamma is the plain p; 2.7.4: gamma -> 0 over gamma is 1 / p; 2.7.7."""
+    c = Case("only expert")
+    slope = {g: torch.autograd.grad(run_luffy(c, gamma=g), c.lp)[0] for g in (1e6, 1e-9, -1.0)}
+    assert torch.allclose(slope[1e6] * 1e6, slope[-1.0], rtol=1e-4)
+    assert torch.allclose(slope[1e-9] / 1e-9 * c.lp.detach().exp() ** 2, slope[-1.0], rtol=1e-4)
+    one, c.old = run_luffy(c), c.old + 3
+    assert run_luffy(c) == one
+    rewards = torch.tensor([[1.0] + [0.0] * 7])  # 2.7.6
+    assert common.group_advantages(rewards, False)[0].tolist() == [7 / 8] + [-1 / 8] * 7
+
+
+def test_srft_weights():
+    """4.7.1: 0.5 and 0.1 without uncertainty, 0.184 and 0.272 at one nat; 4.7.5: pm1 does not hang on the other rows."""
+    for entropy, sft_weight, up in ((0.0, 0.5, 0.1), (1.0, 0.184, 0.272)):
+        c = Case("no expert", "right")
+        c.ent = torch.full_like(c.ent, entropy)
+        for advantages in (c.adv, c.adv + 5):
+            c.adv = advantages
+            (gradient,) = torch.autograd.grad(run_srft(c, rollouts="pm1"), c.lp)
+            assert torch.allclose(gradient[c.mask], -(up * c.imp / (4 * MAX))[c.mask], rtol=2e-3)
+        c = Case("only expert", "right")
+        c.ent, c.adv = torch.full_like(c.ent, entropy), torch.zeros_like(c.adv)
+        (gradient,) = torch.autograd.grad(run_srft(c), c.lp)
+        assert torch.allclose(gradient[c.mask] * c.num_expert, torch.tensor(-sft_weight).double(), rtol=2e-3)
+
+
+def test_prefix_rft_is_luffy_unshaped_on_the_prefix():
+    """5.7.7: with pi_old = 1 there, no clip and no filter; 5.7.2: keep 0 leaves the prefix without gradient."""
+    c = Case()
+    c.old = torch.where(c.expert, 0.0, c.old)
+    rest = (c.total, 4, MAX, "constant", -1, -1, 0.0, 1.0, "row", 0.0, "k3", 0.0)
+    loss = prefix_rft.loss_fn(c.lp, c.old, c.adv, c.adv, c.imp, c.ent, c.ref, c.mask, c.expert, *rest)[0]
+    one, two = (torch.autograd.grad(x, c.lp)[0] for x in (loss, run_luffy(c, gamma=-1.0)))
+    assert torch.allclose(one, two) and (one[c.expert] != 0).all()
+    assert (torch.autograd.grad(run_prefix(c, keep=0.0), c.lp)[0][c.expert] == 0).all()
 
 
 SRFT = {
@@ -302,6 +341,15 @@ def test_trapo(rows, kind, norm, clip, extra, coef, alpha):
     compare(c, run_trapo(c, norm, clip, coef, alpha, kl, ent), terms)
 
 
+def test_uft_hint_alone():
+    """1.7.5: equal rewards leave the hint's gradient only; 1.7.2: without the term the hint has none."""
+    c = Case(kind="right")
+    (gradient,) = torch.autograd.grad(run_uft(c, coef=0.5, kl=0.0), c.lp)
+    assert (gradient[~c.expert] == 0).all() and torch.allclose(gradient[c.expert], torch.tensor(-0.5 / c.num_expert).double())
+    c = Case()
+    assert (torch.autograd.grad(run_uft(c, coef=0.0), c.lp)[0][c.expert] == 0).all()
+
+
 def test_trapo_prefixes():
     """The first micro-group is plain; a later one is given its share of the trace while the mean so far is below the threshold."""
     lengths = [
@@ -331,6 +379,8 @@ def test_relift_buffer():
     assert push([], ["a", "b"], 3, "newest") == (["a", "b"], [])
     assert push(["a", "b"], ["c", "d"], 3, "newest") == (["b"], ["c", "d", "a"])
     assert push(["a", "b"], ["c", "d"], 3, "oldest") == (["c"], ["d", "a", "b"])
+    old, new = [f"old{i}" for i in range(100)], [f"new{i}" for i in range(50)]
+    assert push(old, new, 128, "newest") == (old[78:], new + old[:78])  # 3.7.6
     assert push(["a"], ["b"], 0, "newest") == ([], []) and push(["a"], [], 1, "newest") == ([], ["a"])
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import problem, random_model
 
 import common
@@ -120,3 +121,32 @@ def test_activation_checkpointing_changes_no_gradient(tokenizer, dist):
         logprobs.sum().backward()
         found.append([common.full_tensor(p.grad) for p in policy.parameters()])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_longer_context(architecture, model_folder, tokenizer, dist, monkeypatch, tmp_path):
+    """--rope_theta and --max_positions reach trainer and sampler alike, change the model, and are in the exported config."""
+    plain = common.load_model(model_folder(architecture), torch.float32, "sdpa")
+    monkeypatch.setattr(common, "CONTEXT", {"rope_theta": 40000.0, "max_positions": 16384})
+    policy = common.load_policy(model_folder(architecture), dist)
+    sampler = common.Sampler(model_folder(architecture), tokenizer, dist)
+    assert policy.model.config.max_position_embeddings == sampler.model.config.max_position_embeddings == 16384
+    group = sampler.generate([problem("q" * 30)], None, 4, 20, 1.0, (0,))[0]
+    batch = common.make_batch(group, dist)
+    logprobs, _ = common.token_logprobs(policy, batch, 1.0)
+    assert (logprobs - batch.sampler_logprobs)[batch.completion_mask].abs().max() < 1e-4
+    ids = torch.arange(1, 60)[None]
+    sampler.model.save_pretrained(tmp_path / "final")
+    monkeypatch.setattr(common, "CONTEXT", {"rope_theta": 0.0, "max_positions": 0})
+    saved = common.load_model(str(tmp_path / "final"), torch.float32, "sdpa")
+    assert saved.config.rope_parameters["rope_theta"] == 40000 and saved.config.max_position_embeddings == 16384
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, sampler.model(ids).logits) and not torch.allclose(
+            saved(ids).logits, plain(ids).logits
+        )
+
+
+def test_a_model_without_rotary_positions_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "CONTEXT", {"rope_theta": 1e4, "max_positions": 0})
+    with pytest.raises(SystemExit, match="gpt2 has no rotary position embedding"):
+        common.stretch(transformers.GPT2Config())
