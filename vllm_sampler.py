@@ -51,6 +51,7 @@ class VLLMSampler(common.Sampler):
         self.tokenizer, self.dist, self.max_tokens, self.asleep = tokenizer, dist, max_tokens, set()
         folder, cuda = common.resolve_model(name), dist.device.type == "cuda"
         config = common.stretch(transformers.AutoConfig.from_pretrained(folder))
+        changed = any(common.CONTEXT.values())
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         self.shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
@@ -65,7 +66,7 @@ class VLLMSampler(common.Sampler):
         self.engine = vllm.LLM(
             folder,
             skip_tokenizer_init=True,
-            hf_overrides=common.stretch,
+            hf_overrides={name: getattr(config, name) for name in ("rope_parameters", "max_position_embeddings") if changed},
             use_tqdm_on_load=False,
             generation_config="vllm",  # the model's own top_p or top_k would bias the ratio
             dtype="bfloat16" if cuda else "float32",

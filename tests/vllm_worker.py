@@ -21,7 +21,7 @@ def model(tied: bool, seed: int = 0, attention: str = "packed") -> transformers.
     """Qwen2, tied, or Llama, untied; head size 32, the smallest of vLLM's attention on a CPU."""
     torch.manual_seed(seed)
     kind = transformers.Qwen2Config if tied else transformers.LlamaConfig
-    config = kind(**SIZES, eos_token_id=0, tie_word_embeddings=tied)
+    config = common.stretch(kind(**SIZES, eos_token_id=0, tie_word_embeddings=tied))
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
@@ -32,6 +32,8 @@ def start(folder: Path, tied: bool, dist: common.Dist, tensor_parallel: int = 1,
         saved.save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")
     torch.distributed.barrier()
+    if not tied:  # the flags for a longer context reach the engine too
+        common.CONTEXT.update(rope_theta=40000.0, max_positions=1024)
     return common.load_sampler("vllm", str(folder / "model"), byte_tokenizer(), dist, 400, 0.3, tensor_parallel)
 
 
