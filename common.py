@@ -492,6 +492,8 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
         found["answer"] = {"target": row["meta"]["target"], "nums": row["meta"]["nums"]}
     if found.get("answer") is None and found.get("solution") and last_box(found["solution"]):
         found["answer"] = last_box(found["solution"])
+    if isinstance(found.get("answer"), list) and len(found["answer"]) == 1:  # OlympiadBench
+        found["answer"] = found["answer"][0]
     if not isinstance(found.get("answer", ""), (str, dict)):
         found["answer"] = str(found["answer"])
     return {field: text for field, text in found.items() if text not in (None, "", [])}
@@ -545,6 +547,17 @@ def render(problem: str | list[dict], tokenizer: transformers.PreTrainedTokenize
     return text, ids
 
 
+def choose_template(template: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """What auto means for a tokenizer."""
+    if template == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    if template != "chat" and template not in TEMPLATES:
+        fail(f"--template {template} is not one of chat, {', '.join(TEMPLATES)}")
+    if template == "chat" and not tokenizer.chat_template:
+        fail("--template chat: this tokenizer has no chat template")
+    return template
+
+
 def load_problems(
     name: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -556,12 +569,7 @@ def load_problems(
     split: str = "train",
 ) -> list[Problem]:
     """Read, render and check a data set. Every row is kept or counted under the reason for which it was dropped."""
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template != "chat" and template not in TEMPLATES:
-        fail(f"--template {template} is not one of chat, {', '.join(TEMPLATES)}")
-    if template == "chat" and not tokenizer.chat_template:
-        fail("--template chat: this tokenizer has no chat template")
+    template = choose_template(template, tokenizer)
     names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split()) if columns else {}
     rows = read_rows(name, split)
     for column in names.values():

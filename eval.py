@@ -1,31 +1,49 @@
-"""Accuracy of a model folder on a file of problems: avg@n with an interval, pass@k, and the protocol that made them.
+"""Accuracy of a model on benchmarks: avg@n with an interval over problems, unbiased pass@k, and the protocol that made them.
 
-python eval.py --model runs/bread-tiny-x/final                       on the test problems of its settings.json
-torchrun --nproc_per_node 8 eval.py --model Qwen2.5-1.5B-Instruct --data HuggingFaceH4/MATH-500 --samples 4
+python eval.py --model runs/x/final                                      the test problems of its settings.json
+python eval.py --model runs/x/final --data aime24,aime25,amc23,math500,minerva,olympiad,gsm8k
+torchrun --nproc_per_node 8 eval.py --model Qwen2.5-Math-7B --data math500 --data_dir benchmarks
+python eval.py --compare runs/x/eval runs/y/eval                         paired difference per benchmark, problems that flipped
+python eval.py --table runs/x/eval runs/y/eval                           a Markdown table
+
+Every finished problem is on disk; the same command goes on after a kill. Another protocol needs another --out.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch.distributed as td
+import tyro
 from tqdm import tqdm
 
 import common
+
+BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
+    "aime24": ("HuggingFaceH4/aime_2024", 32),
+    "aime25": ("math-ai/aime25", 32),
+    "amc23": ("math-ai/amc23", 32),  # the 40 questions, not the 83 of AIMO's validation set
+    "math500": ("HuggingFaceH4/MATH-500", 4),
+    "minerva": ("math-ai/minervamath", 4),
+    "olympiad": ("math-ai/olympiadbench", 4),
+    "gsm8k": ("openai/gsm8k:main", 1),
+}
 
 
 @dataclass
 class Config:
     model: str = "tiny"  # model folder, hub name, or tiny (bundled)
-    data: str = "HuggingFaceH4/MATH-500"  # problems: file or hub name; a model folder's settings.json may name its own
-    out: str = ""  # JSON report, samples beside it; empty: eval-<data>.json in the model's folder (or here, for a hub name)
-    samples: int = 8  # per problem, the n of avg@n (torchrun reads --n as its own)
-    k: tuple[int, ...] = (1, 4, 8)  # of pass@k; those above samples are left out
+    data: str = "math500"  # names of benchmarks, files or hub names, separated by commas
+    data_dir: str = ""  # folder where NAME is NAME or NAME_test with .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
+    out: str = ""  # folder of the report; empty: eval in the model's folder, or eval-<model> here for a hub name
+    samples: int = 0  # per problem, the n of avg@n (torchrun reads --n as its own); 0: the benchmark's, 8 for others
+    k: tuple[int, ...] = (1, 8, 32)  # of pass@k; those above samples are left out
     temperature: float = 0.6
     top_p: float = 1.0
     greedy: bool = False  # temperature 0 and one sample
@@ -33,11 +51,18 @@ class Config:
     max_tokens: int = 8192  # of a completion
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
-    many_boxes: str = "zero"  # several different boxes: zero, or last to take the last one
+    many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.8  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
     seed: int = 0
+    compare: tuple[Path, ...] = ()  # two folders of reports
+    table: tuple[Path, ...] = ()  # folders of reports
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -59,8 +84,8 @@ def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000)
     return float(low), float(high)
 
 
-def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict:
-    """Table of results from samples grouped by problem, each with reward, finished, tokens, boxes."""
+def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[str, object]:
+    """Table of results from samples grouped by problem, each with reward, finished, tokens, boxes, verifier_error."""
     right = [sum(s["reward"] for s in group) for group in groups]
     flat = [s for group in groups for s in group]
     n = len(groups[0])
@@ -73,65 +98,248 @@ def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict:
         "truncated": float(np.mean([not s["finished"] for s in flat])),
         "several_boxes": float(np.mean([s["boxes"] > 1 for s in flat])),
         "mean_tokens": float(np.mean([s["tokens"] for s in flat])),
+        "verifier_errors": sum(s["verifier_error"] for s in flat),
     }
 
 
-def main(cfg: Config) -> None:
-    dist = common.init(cfg.seed)
-    n, temperature = (1, 0.0) if cfg.greedy else (cfg.samples, cfg.temperature)
-    tokenizer = common.load_tokenizer(cfg.model)
-    problems = common.load_problems(cfg.data, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
-    longest = cfg.max_prompt_tokens + cfg.max_tokens
-    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
-    samples, errors = {}, 0
-    mine = range(dist.rank, len(problems), dist.world_size)
-    for start in tqdm(range(0, len(mine), 64), desc="problems x 64", disable=None):
-        chosen = mine[start : start + 64]
-        asked = [problems[i] for i in chosen]
-        groups = sampler.generate(asked, None, n, cfg.max_tokens, temperature, (cfg.seed,), cfg.top_p)
-        flat = [rollout for group in groups for rollout in group]
-        scores, failed = common.verify([r.text for r in flat], [r.problem.answer for r in flat], cfg.many_boxes)
-        errors += failed
-        rewards = iter(scores)
-        for i, group in zip(chosen, groups, strict=True):
-            samples[i] = [
-                {
-                    "id": r.problem.id,
-                    "text": r.text,
-                    "reward": next(rewards),
-                    "finished": r.finished,
-                    "tokens": len(r.completion_ids),
-                    "boxes": len(set(common.boxed(r.text))),
-                }
-                for r in group
-            ]
-    gathered: list = [None] * dist.world_size
-    td.all_gather_object(gathered, (samples, errors))
-    if dist.rank == 0:
-        samples = {i: group for part, _ in gathered for i, group in part.items()}
-        groups = [samples[i] for i in sorted(samples)]
-        result = summarize(groups, cfg.k, cfg.seed) | {"verifier_errors": sum(failed for _, failed in gathered)}
-        file = Path(cfg.data)
-        protocol = dataclasses.asdict(cfg) | {
-            "samples": n,
-            "temperature": temperature,
-            "stop_ids": sampler.stop_ids,
-            "data_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "math-verify")},
+# ----------------------------------------------------------------------------------------------------------------------
+# One benchmark
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def locate(name: str, data_dir: str) -> str:
+    """A file, or the hub's name of a benchmark."""
+    if data_dir and not Path(name).suffix:
+        tried = [
+            Path(data_dir) / f"{stem}{kind}" for stem in (name, f"{name}_test") for kind in (".jsonl", ".jsonl.gz", ".parquet")
+        ]
+        found = next((str(path) for path in tried if path.is_file()), None)
+        return found or common.fail(f"--data {name}: none of {', '.join(p.name for p in tried)} is in {data_dir}")
+    if name not in BENCHMARKS and not Path(name).suffix and "/" not in name:
+        common.fail(f"--data {name} is neither a file nor one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name][0] if name in BENCHMARKS else name
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's weights: names, sizes and first megabytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+    return digest.hexdigest()
+
+
+def describe(cfg: Config, name: str, source: str, problems: list, tokenizer: object, stop_ids: list[int]) -> dict[str, object]:
+    """Everything that the numbers hang on."""
+    folder = Path(common.resolve_model(cfg.model))
+    texts = json.dumps([[p.text, p.answer] for p in problems])
+    n, temperature = (1, 0.0) if cfg.greedy else (cfg.samples or BENCHMARKS.get(name, ("", 8))[1], cfg.temperature)
+    fields = "max_prompt_tokens max_tokens many_boxes sampler tensor_parallel seed".split()
+    return {
+        "benchmark": name,
+        "source": Path(source).name if Path(source).is_file() else source,
+        "problems": len(problems),
+        "data_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "model": cfg.model,
+        "weights_sha256": fingerprint(folder) if folder.is_dir() else "",
+        "samples": n,
+        "temperature": temperature,
+        "top_p": 1.0 if cfg.greedy else cfg.top_p,
+        "template": common.choose_template(cfg.template, tokenizer),
+        "first_prompt": tokenizer.decode(problems[0].prompt_ids),
+        "stop_ids": stop_ids,
+        **{field: getattr(cfg, field) for field in fields},
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
+        | ({"vllm": sys.modules["vllm"].__version__} if "vllm" in sys.modules else {}),
+    }
+
+
+def stored(out: Path, protocol: dict[str, object]) -> dict[str, list[dict]]:
+    """Finished problems of an earlier start with the same protocol, by id; what a kill tore is cut off."""
+    notes, samples = (out / f"{protocol['benchmark']}.{kind}" for kind in ("protocol.json", "samples.jsonl"))
+    if not notes.is_file():
+        common.write_atomic(notes, json.dumps(protocol, indent=1) + "\n")
+        common.write_atomic(samples, "")
+        return {}
+    before = json.loads(notes.read_text())
+    if before != protocol:
+        changed = ", ".join(key for key in protocol if before.get(key) != protocol[key])
+        common.fail(f"{notes} is of another protocol ({changed} differ); choose another --out")
+    groups: dict[str, list[dict]] = {}
+    for line in samples.read_text().splitlines():
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError:
+            print(f"{samples}: a torn line is left out")
+            break
+        groups.setdefault(sample["id"], []).append(sample)
+    groups = {key: group for key, group in groups.items() if len(group) == protocol["samples"]}
+    common.write_atomic(samples, "".join(json.dumps(s) + "\n" for group in groups.values() for s in group))
+    return groups
+
+
+def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict]]:
+    """The lines of the samples file, per problem."""
+    flat = [r for group in groups for r in group]
+    graded = [common.answer_part(r.text, r.problem.thinks) for r in flat]
+    golds = [r.problem.answer for r in flat]
+    rewards, failed = common.verify(graded, golds, many_boxes)
+    errors = [failed > 0 and common.verify([text], [gold], many_boxes)[1] > 0 for text, gold in zip(graded, golds, strict=True)]
+    lines = iter(
+        {
+            "id": r.problem.id,
+            "text": r.text,
+            "reward": reward,
+            "finished": r.finished,
+            "tokens": len(r.completion_ids),
+            "boxes": len(set(common.boxed(text))),
+            "verifier_error": error,
         }
-        folder = Path(common.resolve_model(cfg.model))
-        out = Path(cfg.out or (folder if folder.is_dir() else Path.cwd()) / f"eval-{file.name.split('.')[0]}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(sample) + "\n" for group in groups for sample in group)
-        common.write_atomic(out.with_suffix(".samples.jsonl"), lines)
-        common.write_atomic(out, json.dumps({"result": result, "protocol": protocol}, indent=1) + "\n")
-        print("protocol: " + " ".join(f"{k}={v}" for k, v in protocol.items() if v not in ("", None)))
-        for name, value in result.items():
-            shown = "  ".join(f"{v:.4f}" for v in value) if isinstance(value, tuple) else f"{value:.4f}".rstrip("0").rstrip(".")
-            print(f"{name:>16}  {shown}")
-        print(f"wrote {out} and {out.with_suffix('.samples.jsonl').name}")
+        for r, text, reward, error in zip(flat, graded, rewards, errors, strict=True)
+    )
+    return [[next(lines) for _ in group] for group in groups]
+
+
+def run(cfg: Config, name: str, tokenizer: object, sampler: common.Sampler, dist: common.Dist, out: Path) -> dict | None:
+    """Sample and grade one benchmark, in steps of 64 problems a rank, each on disk before the next; rank 0 has the result."""
+    source = locate(name, cfg.data_dir)
+    name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
+    problems = common.load_problems(source, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
+    protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
+    done = [stored(out, protocol) if dist.rank == 0 else {}]
+    td.broadcast_object_list(done, 0)
+    groups = done[0]
+    left = [p for p in problems if p.id not in groups]
+    if groups:
+        common.print0(f"{name}: {len(groups)} of {len(problems)} problems are done already")
+    for start in tqdm(range(0, len(left), 64 * dist.world_size), desc=name, disable=None if dist.rank == 0 else True):
+        chunk = left[start : start + 64 * dist.world_size]
+        asked = chunk[dist.rank :: dist.world_size]
+        args = (protocol["samples"], cfg.max_tokens, protocol["temperature"], (cfg.seed,), protocol["top_p"])
+        made = common.gather(grade(sampler.generate(asked, None, *args), cfg.many_boxes), dist)
+        groups |= {group[0]["id"]: group for group in made}
+        if dist.rank == 0:
+            with (out / f"{name}.samples.jsonl").open("a") as file:
+                file.write("".join(json.dumps(sample) + "\n" for group in made for sample in group))
+                file.flush()
+                os.fsync(file.fileno())
+    sampler.sleep()
+    return (
+        {"result": summarize([groups[p.id] for p in problems], cfg.k, cfg.seed), "protocol": protocol} if dist.rank == 0 else None
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_report(folder: Path) -> dict[str, dict]:
+    path = folder / "report.json"
+    if not path.is_file():
+        common.fail(f"there is no {path}: not a folder of eval.py, or one that it has not finished")
+    return json.loads(path.read_text())
+
+
+def average_key(result: dict) -> str:
+    return next(key for key in result if key.startswith("avg@"))
+
+
+def show(report: dict[str, dict]) -> None:
+    """One table: a benchmark a line."""
+    keys = [
+        "problems",
+        "score",
+        "interval 95 %",
+        *dict.fromkeys(k for e in report.values() for k in e["result"] if k.startswith("pass@")),
+    ]
+    keys += ["truncated", "several_boxes", "mean_tokens", "verifier_errors"]
+    rows = [["benchmark", *keys]]
+    for name, entry in report.items():
+        result = entry["result"]
+        score = average_key(result)
+        low, high = result["interval_95"]
+        known = result | {"score": f"{score} {result[score]:.4f}", "interval 95 %": f"{low:.4f} to {high:.4f}"}
+        cells = [known.get(key, "") for key in keys]
+        rows.append([name, *(f"{c:.4f}".rstrip("0").rstrip(".") if isinstance(c, float) else str(c) for c in cells)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def compare(one: Path, two: Path, seed: int) -> None:
+    """Paired over problems: mean of (two - one) with a bootstrap interval, and the problems on another side of one half."""
+    reports = read_report(one), read_report(two)
+    shared = [name for name in reports[0] if name in reports[1]]
+    if not shared:
+        common.fail(f"{one} and {two} have no benchmark in common")
+    for name in shared:
+        if len({report[name]["protocol"]["data_sha256"] for report in reports}) > 1:
+            common.fail(f"{name}: {one} and {two} were made on different problems")
+        differ = [k for k, v in reports[0][name]["protocol"].items() if reports[1][name]["protocol"][k] != v]
+        means = []
+        for folder in (one, two):
+            rewards: dict[str, list[float]] = {}
+            for line in (folder / f"{name}.samples.jsonl").read_text().splitlines():
+                sample = json.loads(line)
+                rewards.setdefault(sample["id"], []).append(sample["reward"])
+            means.append({key: sum(r) / len(r) for key, r in rewards.items()})
+        gains = [means[1][key] - means[0][key] for key in means[0]]
+        low, high = bootstrap_interval(gains, seed)
+        print(f"{name}: {np.mean(list(means[0].values())):.4f} -> {np.mean(list(means[1].values())):.4f}, ", end="")
+        print(f"difference {np.mean(gains):+.4f} ({low:+.4f} to {high:+.4f}, 95 % over {len(gains)} problems)")
+        for word, sign in (("gained", 1), ("lost", -1)):
+            ids = [key for key in means[0] if sign * (means[1][key] - 0.5) > 0 >= sign * (means[0][key] - 0.5)]
+            print(f"  {word} {len(ids)}: {' '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}")
+        print(f"  protocols differ in: {', '.join(differ) or 'nothing'}")
+
+
+def markdown(folders: tuple[Path, ...]) -> None:
+    """A run a row, a benchmark a column, and the unweighted mean where a run has all of them."""
+    reports = {folder: read_report(folder) for folder in folders}
+    names = list(dict.fromkeys(name for report in reports.values() for name in report))
+    print(f"| run | {' | '.join(names)} | mean |\n|---|{'---|' * (len(names) + 1)}")
+    for folder, report in reports.items():
+        cells = []
+        for name in names:
+            result = report[name]["result"] if name in report else None
+            half = (result["interval_95"][1] - result["interval_95"][0]) / 2 if result else 0.0
+            cells.append(f"{100 * result[average_key(result)]:.1f} ± {100 * half:.1f}" if result else "")
+        scores = [entry["result"][average_key(entry["result"])] for entry in report.values()]
+        label = folder.parent.parent.name if folder.parent.name == "final" else folder.name
+        print(f"| {label} | {' | '.join(cells)} | {f'{100 * np.mean(scores):.1f}' if len(scores) == len(names) else ''} |")
+
+
+def main(cfg: Config) -> None:
+    if cfg.table:
+        return markdown(cfg.table)
+    if cfg.compare:
+        if len(cfg.compare) != 2:
+            common.fail("--compare takes two folders")
+        return compare(*cfg.compare, cfg.seed)
+    dist = common.init(cfg.seed)
+    tokenizer = common.load_tokenizer(cfg.model)
+    folder = Path(common.resolve_model(cfg.model))
+    out = Path(cfg.out or (folder / "eval" if folder.is_dir() else f"eval-{folder.name}"))
+    out.mkdir(parents=True, exist_ok=True)
+    longest = cfg.max_prompt_tokens + cfg.max_tokens
+    names = [name for name in cfg.data.split(",") if name]
+    for name in names:
+        locate(name, cfg.data_dir)  # before a model is loaded
+    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
+    report = {}
+    for name in names:
+        entry = run(cfg, name, tokenizer, sampler, dist, out)
+        if entry is not None:
+            report[entry["protocol"]["benchmark"]] = entry
+            print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))
+    if dist.rank == 0:
+        path = out / "report.json"
+        common.write_atomic(path, json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | report, indent=1) + "\n")
+        show(report)
+        print(f"wrote {path}, with the samples of every benchmark beside it")
     common.shutdown()
 
 
 if __name__ == "__main__":
-    main(common.parse(Config))
+    main(tyro.cli(Config, description=__doc__) if {"--compare", "--table"} & set(sys.argv) else common.parse(Config))

@@ -2,10 +2,17 @@
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
 
+import common
 import eval as evaluation
 
 
@@ -35,7 +42,7 @@ def test_interval():
 
 def test_table_by_hand():
     def sample(reward, finished=True, tokens=10, boxes=1):
-        return {"reward": float(reward), "finished": finished, "tokens": tokens, "boxes": boxes}
+        return {"reward": float(reward), "finished": finished, "tokens": tokens, "boxes": boxes, "verifier_error": False}
 
     groups = [[sample(1), sample(0, False, 30)], [sample(0), sample(0, boxes=2)], [sample(1), sample(1)]]
     table = evaluation.summarize(groups, (1, 2, 4), 0)
@@ -45,26 +52,156 @@ def test_table_by_hand():
     assert table["mean_tokens"] == pytest.approx(80 / 6)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_eval_script(nproc, tmp_path):
-    """The same samples and so the same report on one and two processes."""
-    out = tmp_path / "report.json"
-    done = run_script("eval.py", "--model", "tiny", "--samples", "2", "--temperature", "1.0", "--out", str(out), nproc=nproc)
-    report = json.loads(out.read_text())
-    samples = [json.loads(line) for line in (tmp_path / "report.samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 * report["result"]["problems"] == 128 and "avg@2" in done.stdout
-    assert report["result"]["avg@2"] == pytest.approx(sum(s["reward"] for s in samples) / 128)
-    assert report["protocol"]["temperature"] == 1.0 and len(report["protocol"]["data_sha256"]) == 64
-    texts = json.dumps([s["text"] for s in samples])
-    previous = getattr(test_eval_script, "texts", texts)
-    test_eval_script.texts = texts
-    assert texts == previous
+def run_eval(out: Path, *flags: str, nproc: int = 1, **options):
+    return run_script(
+        "eval.py", "--model", "tiny", "--samples", "2", "--temperature", "1.0", *flags, "--out", str(out), nproc=nproc, **options
+    )
 
 
-def test_greedy(tmp_path):
-    out = tmp_path / "greedy.json"
-    run_script("eval.py", "--model", "tiny", "--greedy", "--data", str(ROOT / "tiny/test.jsonl"), "--out", str(out))
-    assert json.loads(out.read_text())["protocol"]["samples"] == 1
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run, to compare others with."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run_eval(out).stdout
+
+
+def test_report(whole):
+    out, printed = whole
+    entry = json.loads((out / "report.json").read_text())["test"]
+    samples = [json.loads(line) for line in (out / "test.samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * entry["result"]["problems"] == 128 and "avg@2" in printed
+    assert entry["result"]["avg@2"] == pytest.approx(sum(s["reward"] for s in samples) / 128)
+    protocol = entry["protocol"]
+    assert protocol == json.loads((out / "test.protocol.json").read_text())
+    wanted = (
+        "benchmark data_sha256 model weights_sha256 samples temperature top_p template first_prompt stop_ids max_tokens versions"
+    )
+    assert set(wanted.split()) <= set(protocol) and f"data_sha256='{protocol['data_sha256']}'" in printed
+    assert (protocol["samples"], protocol["temperature"], protocol["template"]) == (2, 1.0, "plain")
+
+
+def test_two_processes_give_the_same_samples(whole, tmp_path):
+    run_eval(tmp_path, nproc=2)
+    assert (tmp_path / "test.samples.jsonl").read_text() == (whole[0] / "test.samples.jsonl").read_text()
+    assert (tmp_path / "report.json").read_text() == (whole[0] / "report.json").read_text()
+
+
+def test_killed_and_started_again(whole, tmp_path):
+    """A torn line, a problem without its second sample, and problems that were never reached; the report is the same."""
+    shutil.copytree(whole[0], tmp_path / "torn")
+    torn = tmp_path / "torn"
+    (torn / "report.json").unlink()
+    lines = (torn / "test.samples.jsonl").read_text().splitlines(keepends=True)
+    (torn / "test.samples.jsonl").write_text("".join(lines[:41]) + lines[41][:30])
+    printed = run_eval(torn).stdout
+    assert "a torn line is left out" in printed and "20 of 64 problems are done already" in printed
+    assert (torn / "test.samples.jsonl").read_text() == (whole[0] / "test.samples.jsonl").read_text()
+    assert (torn / "report.json").read_text() == (whole[0] / "report.json").read_text()
+
+
+def test_a_real_kill(tmp_path):
+    """kill -9 after the first chunk of 128 problems is on disk."""
+    rows = [json.dumps({"id": str(i), "problem": "1+2*3", "answer": "39"}) + "\n" for i in range(192)]
+    (tmp_path / "many.jsonl").write_text("".join(rows))
+    flags = ["eval.py", "--model", "tiny", "--data", str(tmp_path / "many.jsonl"), "--samples", "2", "--max_tokens", "40", "--out"]
+    process = subprocess.Popen(
+        [sys.executable, *flags, str(tmp_path / "out")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    samples, limit = tmp_path / "out/many.samples.jsonl", time.time() + 100
+    while not (samples.exists() and samples.stat().st_size) and time.time() < limit:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = len(samples.read_text().splitlines())
+    printed = run_script(*flags, str(tmp_path / "out")).stdout
+    run_script(*flags, str(tmp_path / "other"))
+    assert before and (before >= 384 or "problems are done already" in printed)
+    assert (tmp_path / "out/many.samples.jsonl").read_text() == (tmp_path / "other/many.samples.jsonl").read_text()
+
+
+def test_another_protocol_is_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "again")
+    done = run_eval(tmp_path / "again", "--top_p", "0.9", check=False)
+    assert done.returncode != 0 and "is of another protocol (top_p differ); choose another --out" in done.stderr
+
+
+def test_named_benchmarks_in_a_folder_and_greedy(tmp_path):
+    """Several names in one report; their own files; a bad name ends before a model is loaded."""
+    for name in ("aime24.jsonl", "gsm8k_test.jsonl"):
+        shutil.copy(ROOT / "tiny/test.jsonl", tmp_path / name)
+    flags = ["--model", "tiny", "--data_dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    printed = run_script("eval.py", *flags, "--data", "aime24,gsm8k", "--greedy").stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(report) == ["aime24", "gsm8k"] and all(
+        e["protocol"]["samples"] == 1 and e["protocol"]["temperature"] == 0 for e in report.values()
+    )
+    assert report["aime24"]["result"] == report["gsm8k"]["result"] and "aime24" in printed
+    for extra, sentence in (
+        (["--data", "aime25"], "error: --data aime25: none of aime25.jsonl, aime25.jsonl.gz, aime25.parquet, aime25_test.jsonl"),
+        (["--data", "aime26", "--data_dir", ""], "error: --data aime26 is neither a file nor one of aime24, aime25"),
+        (["--data", "nothing.jsonl"], "error: there is no data file nothing.jsonl"),
+    ):
+        done = run_script("eval.py", *flags, *extra, check=False)
+        assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", evaluation.BENCHMARKS)
+def test_hub_names(name, monkeypatch, tokenizer):
+    """What is asked of the hub, with its configuration; the test split where there is one; columns of these sets."""
+    rows = {
+        "gsm8k": {"question": "1+1?", "answer": "so\n#### 2"},
+        "olympiad": {"question": "1+1?", "final_answer": ["2"]},
+    }.get(name, {"problem": "1+1?", "answer": 2})
+    asked = []
+
+    def load_dataset(path, configuration=None):
+        asked.append((path, configuration))
+        return {"train": [rows], "test": [rows, rows]} if name != "aime24" else {"train": [rows]}
+
+    monkeypatch.setattr(common.datasets, "load_dataset", load_dataset)
+    problems = common.load_problems(evaluation.locate(name, ""), tokenizer, split="test")
+    assert asked == [("openai/gsm8k", "main") if name == "gsm8k" else (evaluation.BENCHMARKS[name][0], None)]
+    assert len(problems) == (1 if name == "aime24" else 2) and problems[0].answer == "2"
+
+
+def fake_report(folder: Path, rewards: dict[str, list[int]], **protocol) -> Path:
+    folder.mkdir(parents=True)
+    groups = [
+        [{"id": key, "reward": r, "finished": True, "tokens": 5, "boxes": 1, "verifier_error": False} for r in row]
+        for key, row in rewards.items()
+    ]
+    entry = {"result": evaluation.summarize(groups, (1,), 0), "protocol": {"data_sha256": "x", "seed": 0} | protocol}
+    (folder / "report.json").write_text(json.dumps({"math500": entry}))
+    (folder / "math500.samples.jsonl").write_text("".join(json.dumps(s) + "\n" for group in groups for s in group))
+    return folder
+
+
+def test_compare_and_table(tmp_path):
+    """By hand: three problems, 1/6 -> 4/6; the paired interval is over problems; p1 and p3 rose above one half, p2 fell below."""
+    one = fake_report(tmp_path / "runs/one/final/eval", {"p1": [0, 0], "p2": [1, 0], "p3": [0, 0]})
+    two = fake_report(tmp_path / "two", {"p1": [1, 1], "p2": [0, 0], "p3": [1, 1]}, seed=1)
+    printed = run_script("eval.py", "--compare", str(one), str(two)).stdout
+    assert "math500: 0.1667 -> 0.6667, difference +0.5000 (-0.5000 to +1.0000, 95 % over 3 problems)" in printed
+    assert "gained 2: p1 p3" in printed and "lost 1: p2" in printed and "protocols differ in: seed" in printed
+    printed = run_script("eval.py", "--table", str(one), str(two)).stdout
+    assert (
+        "| run | math500 | mean |" in printed
+        and "| one | 16.7 ± 25.0 | 16.7 |" in printed
+        and "| two | 66.7 ± 50.0 | 66.7 |" in printed
+    )
+    other = fake_report(tmp_path / "other", {"p1": [1]}, data_sha256="y")
+    done = run_script("eval.py", "--compare", str(one), str(other), check=False)
+    assert done.returncode != 0 and "were made on different problems" in done.stderr
+    done = run_script("eval.py", "--table", str(tmp_path / "nothing"), check=False)
+    assert done.returncode != 0 and "there is no" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_verifier_errors_are_per_sample(monkeypatch):
+    """A batch with an error is looked at sample by sample."""
+    monkeypatch.setattr(common, "verify", lambda texts, golds, boxes: ([0.0] * len(texts), sum("bad" in t for t in texts)))
+    question = common.Problem("a", "", [], "2", None)
+    lines = evaluation.grade([[common.Rollout(question, [1], text=t) for t in ("bad", "good")]], "zero")
+    assert [s["verifier_error"] for s in lines[0]] == [True, False]
 
 
 def test_plot(tmp_path):

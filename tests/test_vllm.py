@@ -91,6 +91,6 @@ def test_eval_agrees_with_transformers(tmp_path):
     """Greedy accuracy of both engines on the same file."""
     results = []
     for kind in ("hf", "vllm"):
-        run_script("eval.py", "--model", "tiny", "--greedy", "--sampler", kind, "--out", str(tmp_path / f"{kind}.json"))
-        results.append((tmp_path / f"{kind}.samples.jsonl").read_text())
+        run_script("eval.py", "--model", "tiny", "--greedy", "--sampler", kind, "--out", str(tmp_path / kind))
+        results.append((tmp_path / kind / "test.samples.jsonl").read_text())
     assert results[0] == results[1]
