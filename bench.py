@@ -19,12 +19,13 @@ import tyro
 
 import common
 
-COPIES = {  # bytes a parameter besides policy, gradient, two Adam moments (16, sharded) and the sampler's bf16 copy (2, whole)
-    "grpo bread luffy srft prefix_rft chord hpt trapo sft": 0,
-    "uft (reference)": 4,
-    "iw_sft (reference)": 4,
-    "relift (second Adam)": 8,
-    "bridge (shadow with its Adam)": 16,
+RECIPES = {  # model of the paper's experiment; bytes a parameter besides weights, gradients, moments (16) and the sampler (2)
+    "grpo sft luffy srft prefix_rft hpt trapo chord": ("Qwen2.5-7B", 0),
+    "bread": ("Qwen2.5-1.5B", 0),
+    "uft (with a reference)": ("Qwen2.5-0.5B", 4),
+    "relift (a second Adam)": ("Qwen2.5-7B", 8),
+    "bridge (a shadow with its Adam)": ("Qwen2.5-3B", 16),
+    "iw_sft (with a reference)": ("Qwen2.5-32B", 4),
 }
 MODELS = {  # layers, hidden, vocabulary, parameters in billions
     "Qwen2.5-0.5B": (24, 896, 151936, 0.494),
@@ -47,9 +48,10 @@ class Config:
     tokens_per_microbatch: int = 16384  # memory: of the recipes; update: 4096 of it on a CPU
     rounds: int = 2  # timed; the fastest counts
     checkpoint_activations: bool = True  # memory only
+    tensor_parallel: int = 1  # memory only: ranks that share a sampler's copy of the weights
 
 
-def memory_per_gpu(model: str, extra: int, gpus: int, tokens: int, checkpointed: bool) -> float:
+def memory_per_gpu(model: str, extra: int, gpus: int, tokens: int, checkpointed: bool, tensor_parallel: int = 1) -> float:
     """GiB: shards of weights, gradients and moments, the sampler's whole copy, activations of one micro-batch, head, gathers.
 
     Activations: one bf16 vector a token and layer with checkpointing, about 34 without (Korthikanti et al. 2022, 2205.05198,
@@ -60,16 +62,16 @@ def memory_per_gpu(model: str, extra: int, gpus: int, tokens: int, checkpointed:
     sharded = parameters * (16 + extra) / gpus
     gathered = 2 * 2 * (parameters / layers + vocab * hidden)  # one layer ahead, and the root with the embedding, in bf16
     activations = tokens * hidden * ((2 * layers + 34) if checkpointed else 34 * layers)
-    return (sharded + 2 * parameters + gathered + activations + 3 * 2**28) / 2**30
+    return (sharded + 2 * parameters / min(tensor_parallel, gpus) + gathered + activations + 3 * 2**28) / 2**30
 
 
 def print_memory(cfg: Config) -> None:
     """The table of the README."""
     print(f"| method | model | {' | '.join(f'{n} GPU' for n in (1, 2, 4, 8))} |\n|---|---|---|---|---|---|")
-    for methods, extra in COPIES.items():
-        for model in MODELS:
-            cells = [memory_per_gpu(model, extra, n, cfg.tokens_per_microbatch, cfg.checkpoint_activations) for n in (1, 2, 4, 8)]
-            print(f"| {methods} | {model} | {' | '.join(f'{c:.0f}' for c in cells)} |")
+    rest = (cfg.tokens_per_microbatch, cfg.checkpoint_activations, cfg.tensor_parallel)
+    for methods, (model, extra) in RECIPES.items():
+        cells = [memory_per_gpu(model, extra, n, *rest) for n in (1, 2, 4, 8)]
+        print(f"| {methods} | {model} | {' | '.join(f'{c:.0f}' for c in cells)} |")
 
 
 def ragged_rows(cfg: Config) -> list[common.Rollout]:
