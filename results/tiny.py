@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-METHODS = "bread grpo sft luffy srft relift uft prefix_rft bridge iw_sft chord hpt trapo".split()
+METHODS = "bread grpo sft sft_then_grpo luffy srft relift uft prefix_rft bridge iw_sft chord hpt trapo".split()
 
 
 @dataclass
@@ -33,19 +33,31 @@ class Config:
     out: Path = Path("runs/tiny")
 
 
-def run(method: str, seed: int, steps: int, out: Path) -> dict:
-    """Train once; test accuracy at each evaluation, with commit and versions. Loud when the run fails."""
-    folder = out / f"{method}-{seed}"
-    command = [sys.executable, str(HERE.parent / f"{method}.py"), "--model", "tiny", "--seed", str(seed), "--steps", str(steps)]
-    start = time.time()
+def train(script: str, model: str, seed: int, steps: int, folder: Path) -> tuple[dict[int, float], dict]:
+    """One training: test accuracy by step, and the run's config.json. Loud when it fails."""
+    command = [sys.executable, str(HERE.parent / f"{script}.py"), "--model", model, "--seed", str(seed), "--steps", str(steps)]
     subprocess.run([*command, "--out", str(folder), "--save_every", "100000"], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config = json.loads((folder / "config.json").read_text())
+    return {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}, json.loads(
+        (folder / "config.json").read_text()
+    )
+
+
+def run(method: str, seed: int, steps: int, out: Path) -> dict:
+    """One line of tiny.jsonl. SFT then RL has half of the steps for each, GRPO from where SFT ended."""
+    folder, start = out / f"{method}-{seed}", time.time()
+    if method == "sft_then_grpo":
+        half = steps // 2
+        accuracy, config = train("sft", "tiny", seed, half, folder / "sft")
+        second, config = train("grpo", str(folder / "sft/final"), seed, steps - half, folder / "grpo")
+        accuracy |= {half + step: value for step, value in second.items()}
+    else:
+        accuracy, config = train(method, "tiny", seed, steps, folder)
     return {
         "method": method,
         "seed": seed,
         "steps": steps,
-        "test_accuracy": {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row},
+        "test_accuracy": accuracy,
         "seconds": round(time.time() - start),
         "commit": config["commit"],
         "versions": config["versions"] | {"hardware": config["hardware"]},
