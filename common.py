@@ -259,7 +259,8 @@ class Policy(nn.Module):
             cu_seqlens=cu_seqlens,
             row_lengths=row_lengths,
         ).last_hidden_state[0, predict]
-        chunk = max(1, 2**26 // self.model.config.get_text_config().vocab_size)  # 256 MB of fp32 logits at a time
+        numbers = 2**26 if hidden.is_cuda else 2**22  # 256 MB of fp32 logits at a time; on a CPU what malloc keeps for the next
+        chunk = max(1, numbers // self.model.config.get_text_config().vocab_size)
         parts = [
             checkpoint(self.head, h, t, temperature, entropy_grad, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -270,11 +271,12 @@ class Policy(nn.Module):
     def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         """(M, hidden) -> log-probability of the targets and entropy of the distribution, both (M,), at least fp32."""
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if temperature == 1 else logits / temperature
         log_z = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
+            entropy = log_z - torch.linalg.vecdot(torch.softmax(logits, -1), logits)
         return logprobs, entropy
 
 
