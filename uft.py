@@ -233,7 +233,9 @@ def main(cfg: Config) -> None:
         with log.timer("rewards"):
             log.add(verifier_errors=common.score(groups))
         log.add_mean("correct", [r.reward for group in groups for r in group])
-        for rollout in [r for group in groups for r in group if not r.reward and common.boxed(r.text)]:
+        for rollout in [
+            r for group in groups for r in group if not r.reward and common.boxed(common.answer_part(r.text, r.problem.thinks))
+        ]:
             rollout.reward = cfg.format_reward
 
         # Advantages

@@ -93,7 +93,7 @@ class VLLMSampler(common.Sampler):
         """Leave the device to the update: weights to the host, cache dropped. Peers are served until they sleep (collective)."""
         while self.peers is not None and self._serve(None) is not None:
             pass
-        if self.dist.device.type == "cuda" and not self.asleep:
+        if not self.asleep:  # on a CPU vLLM keeps the memory, but goes through the same states
             self.engine.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}
 

@@ -123,3 +123,8 @@ def test_draw_sees_every_problem_once_per_epoch_on_any_number_of_ranks():
         single = [{p.id for p in common.draw(problems, 4, step, 7, common.Dist(0, 1, torch.device("cpu")))} for step in range(5)]
         assert [set(step) for step in steps] == single
     assert [p.id for p in common.draw(problems, 4, 0, 8, ranks[0])] != [p.id for p in common.draw(problems, 4, 0, 7, ranks[0])]
+
+
+def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, dist):
+    if dist.device.type == "cpu":
+        assert type(common.load_sampler("auto", model_folder("qwen2"), tokenizer, dist, 100, 0.4, 1)) is common.Sampler
