@@ -5,9 +5,11 @@ python results/tiny.py --methods grpo bread       some of them
 python results/tiny.py --steps 0                  only the table and the figure, from results/tiny.jsonl
 
 One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to twice as many), their expert traces for
-sft and iw_sft. Settings: each file's own defaults under tiny/settings.json, tuned for no method (relift: no entropy bonus).
+sft and iw_sft. Settings: each file's own defaults under tiny/settings.json, tuned for no method (relift: no entropy bonus), at two
+learning rates for all, of which some need the lower one.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -29,13 +31,15 @@ METHODS = "bread grpo sft sft_then_grpo luffy srft relift uft prefix_rft bridge 
 class Config:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (3e-4, 1e-4)  # ReLIFT's SFT step has the same
     steps: int = 60  # 0: no runs
     out: Path = Path("runs/tiny")
 
 
-def train(script: str, model: str, seed: int, steps: int, folder: Path) -> tuple[dict[int, float], dict]:
+def train(script: str, model: str, seed: int, lr: float, steps: int, folder: Path) -> tuple[dict[int, float], dict]:
     """One training: test accuracy by step, and the run's config.json. Loud when it fails."""
     command = [sys.executable, str(HERE.parent / f"{script}.py"), "--model", model, "--seed", str(seed), "--steps", str(steps)]
+    command += ["--lr", str(lr), *(["--sft_lr", str(lr)] if script == "relift" else [])]
     subprocess.run([*command, "--out", str(folder), "--save_every", "100000"], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}, json.loads(
@@ -43,19 +47,20 @@ def train(script: str, model: str, seed: int, steps: int, folder: Path) -> tuple
     )
 
 
-def run(method: str, seed: int, steps: int, out: Path) -> dict:
+def run(method: str, seed: int, lr: float, steps: int, out: Path) -> dict:
     """One line of tiny.jsonl. SFT then RL has half of the steps for each, GRPO from where SFT ended."""
-    folder, start = out / f"{method}-{seed}", time.time()
+    folder, start = out / f"{method}-{seed}-{lr}", time.time()
     if method == "sft_then_grpo":
         half = steps // 2
-        accuracy, config = train("sft", "tiny", seed, half, folder / "sft")
-        second, config = train("grpo", str(folder / "sft/final"), seed, steps - half, folder / "grpo")
+        accuracy, config = train("sft", "tiny", seed, lr, half, folder / "sft")
+        second, config = train("grpo", str(folder / "sft/final"), seed, lr, steps - half, folder / "grpo")
         accuracy |= {half + step: value for step, value in second.items()}
     else:
-        accuracy, config = train(method, "tiny", seed, steps, folder)
+        accuracy, config = train(method, "tiny", seed, lr, steps, folder)
     return {
         "method": method,
         "seed": seed,
+        "lr": lr,
         "steps": steps,
         "test_accuracy": accuracy,
         "seconds": round(time.time() - start),
@@ -68,19 +73,24 @@ def show(records: list[dict]) -> None:
     """Markdown table of mean (lowest to highest seed), and the figure."""
     methods = [m for m in METHODS if any(r["method"] == m for r in records)]
     steps = sorted({int(s) for r in records for s in r["test_accuracy"]})
-    print("| method | seeds | " + " | ".join(f"step {s}" for s in steps[1:]) + " |\n|---|---|" + "---|" * len(steps[1:]))
+    lrs = sorted({r["lr"] for r in records}, reverse=True)
+    print("| method | " + " | ".join(f"lr {lr:g}, step {s}" for lr in lrs for s in steps[2::2]) + " |\n|---|" + "---|" * 6)
     figure, axes = plt.subplots(-(-len(methods) // 4), 4, figsize=(11, 2.3 * -(-len(methods) // 4)), sharex=True, sharey=True)
     for axis, method in zip(axes.flat, methods, strict=False):
-        runs = [{int(s): a for s, a in r["test_accuracy"].items()} for r in records if r["method"] == method]
-        values = [[run[s] for run in runs] for s in steps]
-        means = [sum(v) / len(v) for v in values]
-        cells = [f"{m:.2f} ({min(v):.2f} to {max(v):.2f})" for m, v in zip(means, values, strict=True)]
-        print(f"| {method} | {len(runs)} | " + " | ".join(cells[1:]) + " |")
-        axis.plot(steps, means, color="black", lw=1.5)
-        for run in runs:
-            axis.plot(steps, [run[s] for s in steps], color="tab:blue", lw=0.8, alpha=0.7)
+        cells = []
+        for lr, color in zip(lrs, ("tab:blue", "tab:orange"), strict=False):
+            mine = [r["test_accuracy"] for r in records if (r["method"], r["lr"]) == (method, lr)]
+            runs = [{int(s): a for s, a in run.items()} for run in mine]
+            values = [[run[s] for run in runs] for s in steps]
+            means = [sum(v) / len(v) for v in values]
+            cells += [f"{m:.2f} ({min(v):.2f} to {max(v):.2f})" for m, v in zip(means, values, strict=True)][2::2]
+            axis.plot(steps, means, color=color, lw=1.8, label=f"lr {lr:g}")
+            for run in runs:
+                axis.plot(steps, [run[s] for s in steps], color=color, lw=0.6, alpha=0.7)
+        print(f"| {method} | " + " | ".join(cells) + " |")
         axis.set(title=method, ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7, frameon=False)
     for axis in axes.flat[len(methods) :]:
         axis.axis("off")
     figure.supxlabel("step")
@@ -92,12 +102,11 @@ def show(records: list[dict]) -> None:
 def main(cfg: Config) -> None:
     found = HERE / "tiny.jsonl"
     records = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
-    for seed in cfg.seeds if cfg.steps else ():
-        for method in cfg.methods:
-            if not any((r["method"], r["seed"], r["steps"]) == (method, seed, cfg.steps) for r in records):
-                records.append(run(method, seed, cfg.steps, cfg.out))
-                with found.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+    for method, seed, lr in itertools.product(cfg.methods, cfg.seeds, cfg.lrs) if cfg.steps else ():
+        if not any((r["method"], r["seed"], r["lr"], r["steps"]) == (method, seed, lr, cfg.steps) for r in records):
+            records.append(run(method, seed, lr, cfg.steps, cfg.out))
+            with found.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
     show(records)
 
 
