@@ -11,11 +11,12 @@ cosine from hint_high to hint_low over hint_steps steps and is 0 afterwards, so 
 Differs from grpo.py in two places: the hint, and its likelihood in the loss. Without hints (--hint_high 0 --hint_low 0) and with
 --format_reward 0 it is grpo.py for any hint_coef.
 
-Departures. The official code's are the defaults where it and the paper differ: segments (lines, sentences) regrouped into at most
-five chunks that span the whole trace, the mean over hint tokens (--hint_norm sum is the paper's), KL over policy tokens only, and
-0.1 for a wrong answer in a box. Its entropy bonus of 0.001 is --entropy_coef; the paper has none. Its means of micro-batch means
-are means over all tokens. The hint counts against max_completion_tokens and opens the assistant's turn. --hint_unit segment and
-token draw from Binomial(segments) and Binomial(tokens), --schedule uniform is R3's (every length equally likely, no annealing).
+Departures. The official code's are the defaults where it and the paper differ: segments (steps of the data set, lines, sentences)
+regrouped into at most five chunks that span the whole trace, the mean over hint tokens (--hint_norm sum is the paper's), KL over
+policy tokens only, and 0.1 for a wrong answer in a box. Its entropy bonus of 0.001 is --entropy_coef; the paper has none. Its means
+of micro-batch means are means over all tokens. The hint counts against max_completion_tokens and opens the assistant's turn.
+--hint_unit segment and token draw from Binomial(segments) and Binomial(tokens), --schedule uniform is R3's (every length equally
+likely, no annealing).
 
     torchrun uft.py --model Qwen2.5-1.5B                                 one GPU
     torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --data countdown.jsonl --entropy_coef 0.001  the paper's

@@ -27,11 +27,8 @@ if not torch.cuda.is_available():
 
 import vllm  # noqa: E402
 
-CPU = {
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 2**28,
-    "enable_chunked_prefill": False,
-}  # a chunk breaks seeded requests there
+CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+CPU |= {"enable_chunked_prefill": False}  # a chunk breaks seeded requests there
 
 
 class VLLMSampler(common.Sampler):
@@ -51,7 +48,12 @@ class VLLMSampler(common.Sampler):
         self.tokenizer, self.dist, self.max_tokens, self.asleep = tokenizer, dist, max_tokens, set()
         folder, cuda = common.resolve_model(name), dist.device.type == "cuda"
         config = common.stretch(transformers.AutoConfig.from_pretrained(folder))
-        changed = any(common.CONTEXT.values())
+        changed, window = any(common.CONTEXT.values()), getattr(config, "max_position_embeddings", max_tokens)
+        if window < max_tokens:
+            common.fail(
+                f"--sampler vllm: prompt and completion have up to {max_tokens} tokens, the window of {name} is {window}; lower "
+                "--max_completion_tokens, or stretch it with --rope_theta and --max_positions"
+            )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         self.shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
@@ -62,7 +64,6 @@ class VLLMSampler(common.Sampler):
         self.stop_ids = common.stop_ids(tokenizer, generation_config)
         groups = [list(range(first, first + tensor_parallel)) for first in range(0, dist.world_size, tensor_parallel)]
         self.peers = [td.new_group(ranks) for ranks in groups][dist.rank // tensor_parallel] if tensor_parallel > 1 else None
-        torch.manual_seed(dist.rank)
         self.engine = vllm.LLM(
             folder,
             skip_tokenizer_init=True,

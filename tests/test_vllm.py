@@ -103,3 +103,11 @@ def test_eval_agrees_with_transformers(tmp_path):
         run_script("eval.py", "--model", "tiny", "--greedy", "--sampler", kind, "--out", str(tmp_path / kind))
         results.append((tmp_path / kind / "test.samples.jsonl").read_text())
     assert results[0] == results[1]
+
+
+def test_a_window_that_is_too_small_is_one_sentence(tmp_path):
+    flags = ["--sampler", "vllm", "--max_completion_tokens", "5000", "--out", str(tmp_path / "run")]
+    done = run_script("bread.py", "--model", "tiny", *flags, check=False)
+    assert (
+        done.returncode != 0 and "have up to 5064 tokens, the window of tiny is 4096; lower --max_completion_tokens" in done.stderr
+    )
