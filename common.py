@@ -504,30 +504,36 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
 def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
     """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets it as last line.
 
-    After an open <think> the tag is not repeated, and a trace that never closes it is the thought.
+    After an open <think> the tag is not repeated; a trace that never closes it is the thought, but for a last line with the box.
     """
     if thinks:
         solution = solution.removeprefix("<think>").lstrip("\n")
     if boxed(answer_part(solution, thinks)):
         return solution
+    body, _, last = solution.rstrip().rpartition("\n")
+    if thinks and "</think>" not in solution and body and boxed(last) and not boxed(body):
+        return f"{body}\n</think>\n{last}"  # the thought must not hold the answer: prefixes of it are shown
     final = row.get("answer", "") if isinstance(answer, dict) else answer
     body = solution.split("####")[0].rstrip()
     closing = "\n</think>" if thinks and "</think>" not in solution else ""
     return f"{body}{closing}\n\\boxed{{{final}}}"
 
 
-def step_ends(steps: object, solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
-    """Tokens up to the end of each step of a trace: steps are strings that, joined, open the solution; else there are none.
+def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Tokens up to the end of each step of a trace; () where the steps do not open it one after the other.
 
-    The last step takes all the rest, the answer's box and EOS included; a step that ends inside a token ends after it.
+    White space between two steps belongs to the first. The last step takes all the rest, the answer's box and EOS included; a step
+    that ends inside a token ends after it.
     """
-    if not isinstance(steps, (list, tuple)) or len(steps) < 2 or not solution.startswith("".join(steps)):
-        return ()
-    ends, place = [], 0
-    for step in steps[:-1]:
-        place += len(step)
-        ends.append(sum(start < place for start, _ in offsets))
-    return (*sorted(set(ends)), len(offsets) + 1)
+    starts, place = [], 0
+    for step in filter(str.strip, steps):
+        at = solution.find(step.strip(), place)
+        if at < 0 or solution[place:at].strip():
+            return ()
+        starts.append(at)
+        place = at + len(step.strip())
+    ends = {sum(begin < start for begin, _ in offsets) for start in starts[1:]}
+    return (*sorted(ends), len(offsets) + 1) if ends else ()
 
 
 def render(problem: str | list[dict], tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> tuple[str, list[int]]:
@@ -577,7 +583,7 @@ def load_problems(
     for column in names.values():
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
-    dropped, examples, problems, boxes_added, prompt_text, seen = Counter(), {}, [], 0, "", set()
+    dropped, examples, problems, boxes_added, steps_unused, prompt_text, seen = Counter(), {}, [], 0, 0, "", set()
     parsed = [(where, row, read_fields(row, names)) for where, row in rows]
     gold_ok = iter(golds_parse([found["answer"] for _, _, found in parsed if "answer" in found]))
     for where, row, found in parsed:
@@ -595,11 +601,13 @@ def load_problems(
                 reason = f"prompt over {max_prompt_tokens} tokens"
         if reason is None and require_expert:
             solution = with_box(found["solution"], found["answer"], row, thinks)
-            boxes_added += not boxed(answer_part(found["solution"], thinks))
+            boxes_added += not boxed(found["solution"])
             encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
             expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
-            steps = row.get("steps") or (row.get("meta") or {}).get("steps")
-            ends = step_ends(steps, solution, encoded.offset_mapping)
+            steps = row.get("steps") or (row["meta"] if isinstance(row.get("meta"), dict) else {}).get("steps")
+            if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
+                ends = step_ends(steps, solution, encoded.offset_mapping)
+                steps_unused += not ends
             if len(expert_ids) > max_completion_tokens:
                 reason = f"expert trace over {max_completion_tokens} tokens"
         if reason is None:
@@ -623,6 +631,8 @@ def load_problems(
     print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {template}{'; ' + drops if drops else ''}")
     if boxes_added:
         print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
+    if steps_unused:
+        print0(f"data {name}: the steps of {steps_unused} rows do not cut their traces; lines are taken there")
     if not problems:
         fail(f"{name}: no usable row among {len(rows)}{' (' + drops + ')' if drops else ''}")
     first = problems[0][1]

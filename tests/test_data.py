@@ -158,7 +158,7 @@ def test_the_gate(text, reward):
     assert [r.reward for r in group] == [reward, 1.0]
 
 
-def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path):
+def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path, capsys):
     """Countdown's own steps: the sentence with the answer is the last one, so that no hint shows it."""
     (problem, *_) = common.load_problems(
         str(DATA / "countdown_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True
@@ -167,11 +167,31 @@ def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path):
     assert shown[1:3] == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"] and len(shown) == 4
     cuts = uft.hint_cuts(common.episode_ends(problem, tokenizer), "chunk", 5)
     assert tokenizer.decode(problem.expert_ids[: cuts[-1]]) == shown[2]
-    lines = GOOD | {"solution": "ab cd ef \\boxed{2}"}
-    for steps, wanted in ((["ab ", "cd ef "], 2), (["ab ", "other"], 0), (["all"], 0), ("ab ", 0)):
+    lines = GOOD | {"solution": "ab cd\nef \\boxed{2}"}
+    for steps, wanted in (
+        (["ab ", "cd\n", "ef"], ["ab ", "ab cd\n"]),
+        (["ab", "cd", "ef \\boxed{2}"], ["ab ", "ab cd\n"]),
+        (["ab", "cd"], ["ab "]),
+    ):
         (problem,) = load(tmp_path, [lines | {"steps": steps}], tokenizer)
-        assert len(problem.step_ends) == wanted
-    assert problem.step_ends == ()
+        assert [tokenizer.decode(problem.expert_ids[:end]) for end in problem.step_ends[:-1]] == wanted
+        assert problem.step_ends[-1] == len(problem.expert_ids)
+    capsys.readouterr()
+    for steps, said in (
+        (["ab ", "other"], True),
+        (["ab ", "ef"], True),
+        (["ab cd\nef \\boxed{2}"], True),
+        ("ab ", False),
+        (None, False),
+    ):
+        (problem,) = load(tmp_path, [lines | {"steps": steps}], tokenizer)
+        assert problem.step_ends == () and ("the steps of 1 rows do not cut" in capsys.readouterr().out) == said
+
+
+def test_a_box_in_the_last_line_stays_out_of_the_thought(tmp_path, tokenizer):
+    row = GOOD | {"solution": "First.\nSo it is \\boxed{2}."}
+    (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
+    assert tokenizer.decode(problem.expert_ids) == "First.\n</think>\nSo it is \\boxed{2}.<eos>"
 
 
 def test_named_columns(tmp_path, tokenizer):
