@@ -449,13 +449,16 @@ def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
                 rows.append((f"{name}:{i + 1}", row))
         return rows
     hub_name, _, part = name.partition(":")  # owner/name, or owner/name:configuration
-    if path.suffix or name.startswith((".", "/", "~")) or hub_name.count("/") != 1:
+    if name.endswith((".jsonl", ".gz", ".parquet", ".json")) or name.startswith((".", "/", "~")) or hub_name.count("/") != 1:
         fail(f"there is no data file {name}")
     try:
         parts = datasets.load_dataset(hub_name, part or None)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         fail(f"{name} is neither a file nor a data set that the hub gives ({first_line(error)})")
-    rows = parts[split] if split in parts else parts[next(iter(parts))]
+    chosen = split if split in parts else next(iter(parts))
+    if chosen != split:
+        print0(f"data {name}: there is no split {split}; {chosen} is taken")
+    rows = parts[chosen]
     return [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
 
 
@@ -1516,8 +1519,9 @@ def export(
         policy.model.save_pretrained(final, state_dict=weights)
         tokenizer.save_pretrained(final)
         settings = Path(resolve_model(source)) / "settings.json"
-        if settings.is_file():
-            kept = json.loads(settings.read_text())
+        kept = json.loads(settings.read_text()) if settings.is_file() else {}
+        kept |= {"template": log.cfg.template} if log.cfg.template != "auto" else {}  # eval.py and a next stage ask the same way
+        if kept:
             for section in (kept, *(value for value in kept.values() if isinstance(value, dict))):
                 section |= {k: str((settings.parent / section[k]).resolve()) for k in ("data", "test_data") if k in section}
             (final / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")

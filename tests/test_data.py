@@ -110,6 +110,12 @@ def test_no_right_generation_is_a_counted_drop(tmp_path, tokenizer, capsys):
     assert "1 dropped: no solution" in capsys.readouterr().out
 
 
+def test_a_hub_name_with_a_dot(tokenizer, monkeypatch):
+    monkeypatch.setattr(common.datasets, "load_dataset", lambda name, part=None: {"train": [SCHEMAS["s1K-1.1"]]})
+    (problem,) = common.load_problems("simplescaling/s1K-1.1", tokenizer, template="think", require_expert=True)
+    assert problem.answer == "2"
+
+
 def test_math_style(tmp_path, tokenizer):
     row = {"problem": "1+1?", "level": "Level 3", "type": "Algebra", "solution": "So $1+1=\\boxed{2}$."}
     (problem,) = load(tmp_path, [row], tokenizer)

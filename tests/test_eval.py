@@ -146,7 +146,7 @@ def test_named_benchmarks_in_a_folder_and_greedy(tmp_path):
 
 
 @pytest.mark.parametrize("name", evaluation.BENCHMARKS)
-def test_hub_names(name, monkeypatch, tokenizer):
+def test_hub_names(name, monkeypatch, tokenizer, capsys):
     """What is asked of the hub, with its configuration; the test split where there is one; columns of these sets."""
     rows = {
         "gsm8k": {"question": "1+1?", "answer": "so\n#### 2"},
@@ -160,6 +160,7 @@ def test_hub_names(name, monkeypatch, tokenizer):
 
     monkeypatch.setattr(common.datasets, "load_dataset", load_dataset)
     problems = common.load_problems(evaluation.locate(name, ""), tokenizer, split="test")
+    assert ("there is no split test; train is taken" in capsys.readouterr().out) == (name == "aime24")
     assert asked == [("openai/gsm8k", "main") if name == "gsm8k" else (evaluation.BENCHMARKS[name][0], None)]
     assert len(problems) == (1 if name == "aime24" else 2) and problems[0].answer == "2"
 

@@ -32,9 +32,21 @@ def test_updates_and_zero_variance_flags(tmp_path):
 
 def test_sft_then_grpo(tmp_path):
     """The second stage starts from the first one's final folder, with its settings."""
-    run_script("sft.py", "--model", "tiny", *SMALL, "--out", str(tmp_path / "sft"))
+    run_script(
+        "sft.py", "--model", "tiny", *SMALL, "--template", "qwen_math", "--max_prompt_tokens", "300", "--out", str(tmp_path / "sft")
+    )
+    assert json.loads((tmp_path / "sft/final/settings.json").read_text())["template"] == "qwen_math"
     done = run_script(
-        "grpo.py", "--model", str(tmp_path / "sft/final"), *SMALL, "--group_size", "2", "--out", str(tmp_path / "grpo")
+        "grpo.py",
+        "--model",
+        str(tmp_path / "sft/final"),
+        *SMALL,
+        "--group_size",
+        "2",
+        "--max_prompt_tokens",
+        "300",
+        "--out",
+        str(tmp_path / "grpo"),
     )
     assert "defaults of final/settings.json" in done.stdout and (tmp_path / "grpo/final/model.safetensors").exists()
 
