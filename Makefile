@@ -7,7 +7,7 @@ lint:
 	ruff format --check .
 
 test:
-	python -m pytest -q
+	python -m pytest -q -n 2
 
 smoke:  ## the README's first command
 	python bread.py --model tiny
