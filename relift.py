@@ -68,7 +68,7 @@ class Config:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
     entropy_coef: float = 0.001  # bonus per nat
     # SFT step
-    buffer_size: int = 128  # failed questions that start one, and that it trains on; 0: never
+    buffer_size: int = 128  # failed questions that start one, and that it trains on; 0 or -1: never
     buffer_order: Literal["newest", "oldest"] = "newest"  # which of them when the buffer holds more
     sft_lr: float = 1e-6  # constant
     sft_grad_clip: float = 1.0  # norm of the summed gradient; 0: off
@@ -157,8 +157,8 @@ def push_and_pop(buffer: list[str], failed: list[str], size: int, order: str) ->
     Nothing is taken before `size` ids are there, and never more than `size`.
     """
     buffer = [*failed, *buffer]
-    if not size or len(buffer) < size:
-        return buffer if size else [], []
+    if size <= 0 or len(buffer) < size:
+        return buffer if size > 0 else [], []
     return (buffer[size:], buffer[:size]) if order == "newest" else (buffer[:-size], buffer[-size:])
 
 

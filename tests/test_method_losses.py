@@ -381,6 +381,7 @@ def test_relift_buffer():
     assert push(["a", "b"], ["c", "d"], 3, "oldest") == (["c"], ["d", "a", "b"])
     old, new = [f"old{i}" for i in range(100)], [f"new{i}" for i in range(50)]
     assert push(old, new, 128, "newest") == (old[78:], new + old[:78])  # 3.7.6
+    assert push(["a"], ["b"], -1, "newest") == ([], [])  # the official switch for pure RL, 3.7.1
     assert push(["a"], ["b"], 0, "newest") == ([], []) and push(["a"], [], 1, "newest") == ([], ["a"])
 
 
