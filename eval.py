@@ -1,12 +1,13 @@
-"""Accuracy of a model on benchmarks: avg@n with an interval over problems, unbiased pass@k, and the protocol that made them.
+"""Accuracy of a model on benchmarks: avg@n with an interval over problems, unbiased pass@k.
 
-python eval.py --model runs/x/final                                      the test problems of its settings.json
+python eval.py --model runs/x/final                   the test problems of its settings.json
 python eval.py --model runs/x/final --data aime24,aime25,amc23,math500,minerva,olympiad,gsm8k
 torchrun --nproc_per_node 8 eval.py --model Qwen2.5-Math-7B --data math500 --data_dir benchmarks
-python eval.py --compare runs/x/eval runs/y/eval                         paired difference per benchmark, problems that flipped
-python eval.py --table runs/x/eval runs/y/eval                           a Markdown table
+python eval.py --compare runs/x/eval runs/y/eval      paired difference, problems that flipped
+python eval.py --table runs/x/eval runs/y/eval        a Markdown table
 
-Every finished problem is on disk; the same command goes on after a kill. Another protocol needs another --out.
+Every finished problem is on disk, beside the protocol that made it; the same command goes on after
+a kill. Another protocol needs another --out.
 """
 
 import hashlib
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch.distributed as td
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
 import common
+from core.config import resolve_model
+from core.data import choose_template
+from core.records import write_atomic
 
 BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
     "aime24": ("HuggingFaceH4/aime_2024", 32),
@@ -40,7 +44,7 @@ BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), s
 class Config:
     model: str = "tiny"  # model folder, hub name, or tiny (bundled)
     data: str = "math500"  # names of benchmarks, files or hub names, separated by commas
-    data_dir: str = ""  # folder where NAME is NAME or NAME_test with .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
+    data_dir: str = ""  # folder with NAME or NAME_test as .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
     out: str = ""  # folder of the report; empty: eval in the model's folder, or eval-<model> here for a hub name
     samples: int = 0  # per problem, the n of avg@n (torchrun reads --n as its own); 0: the benchmark's, 8 for others
     k: tuple[int, ...] = (1, 8, 32)  # of pass@k; those above samples are left out
@@ -60,15 +64,11 @@ class Config:
     table: tuple[Path, ...] = ()  # folders of reports
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Statistics ---------------------------------------------------------------------------------------
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from c right ones of n: 1 - C(n - c, k) / C(n, k), as a product.
+    """Unbiased chance that one of k samples is right, from c right ones of n.
 
-    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    1 - C(n - c, k) / C(n, k), as a product. Chen et al. 2021, arXiv 2107.03374, eq. 1.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 0 <= {c} right <= {n} samples and 1 <= k <= n")
@@ -76,7 +76,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of per-problem scores (P,), resampling problems: they, not the samples, are what is drawn."""
+    """95 % interval of the mean of per-problem scores (P,).
+
+    Problems are resampled: they, not the samples, are what is drawn.
+    """
     values = np.asarray(scores)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(rounds)]
@@ -85,7 +88,10 @@ def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000)
 
 
 def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[str, object]:
-    """Table of results from samples grouped by problem, each with reward, finished, tokens, boxes, verifier_error."""
+    """Table of results from samples grouped by problem.
+
+    A sample has reward, finished, tokens, boxes and verifier_error.
+    """
     right = [sum(s["reward"] for s in group) for group in groups]
     flat = [s for group in groups for s in group]
     n = len(groups[0])
@@ -102,17 +108,12 @@ def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One benchmark
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# One benchmark ------------------------------------------------------------------------------------
 def locate(name: str, data_dir: str) -> str:
     """A file, or the hub's name of a benchmark."""
     if data_dir and not Path(name).suffix:
-        tried = [
-            Path(data_dir) / f"{stem}{kind}" for stem in (name, f"{name}_test") for kind in (".jsonl", ".jsonl.gz", ".parquet")
-        ]
+        kinds = (".jsonl", ".jsonl.gz", ".parquet")
+        tried = [Path(data_dir) / f"{stem}{kind}" for stem in (name, f"{name}_test") for kind in kinds]
         found = next((str(path) for path in tried if path.is_file()), None)
         return found or common.fail(f"--data {name}: none of {', '.join(p.name for p in tried)} is in {data_dir}")
     if name not in BENCHMARKS and not Path(name).suffix and "/" not in name:
@@ -129,11 +130,21 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def describe(cfg: Config, name: str, source: str, problems: list, tokenizer: object, stop_ids: list[int]) -> dict[str, object]:
-    """Everything that the numbers hang on."""
-    folder = Path(common.resolve_model(cfg.model))
+def describe(
+    cfg: Config,
+    name: str,
+    source: str,
+    problems: list[common.Problem],
+    tokenizer: common.Tokenizer,
+    stop_ids: list[int],
+) -> dict[str, object]:
+    """Everything that the numbers depend on."""
+    folder = Path(resolve_model(cfg.model))
     texts = json.dumps([[p.text, p.answer] for p in problems])
-    n, temperature = (1, 0.0) if cfg.greedy else (cfg.samples or BENCHMARKS.get(name, ("", 8))[1], cfg.temperature)
+    n = cfg.samples or BENCHMARKS.get(name, ("", 8))[1]
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
+    if "vllm" in sys.modules:
+        versions["vllm"] = sys.modules["vllm"].__version__
     fields = "max_prompt_tokens max_tokens many_boxes sampler tensor_parallel seed".split()
     return {
         "benchmark": name,
@@ -142,24 +153,26 @@ def describe(cfg: Config, name: str, source: str, problems: list, tokenizer: obj
         "data_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "model": cfg.model,
         "weights_sha256": fingerprint(folder) if folder.is_dir() else "",
-        "samples": n,
-        "temperature": temperature,
+        "samples": 1 if cfg.greedy else n,
+        "temperature": 0.0 if cfg.greedy else cfg.temperature,
         "top_p": 1.0 if cfg.greedy else cfg.top_p,
-        "template": common.choose_template(cfg.template, tokenizer),
+        "template": choose_template(cfg.template, tokenizer),
         "first_prompt": tokenizer.decode(problems[0].prompt_ids),
         "stop_ids": stop_ids,
         **{field: getattr(cfg, field) for field in fields},
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
-        | ({"vllm": sys.modules["vllm"].__version__} if "vllm" in sys.modules else {}),
+        "versions": versions,
     }
 
 
 def stored(out: Path, protocol: dict[str, object]) -> dict[str, list[dict]]:
-    """Finished problems of an earlier start with the same protocol, by id; what a kill tore is cut off."""
+    """Finished problems of an earlier start with the same protocol, by id.
+
+    What a kill tore is cut off; another protocol ends the run.
+    """
     notes, samples = (out / f"{protocol['benchmark']}.{kind}" for kind in ("protocol.json", "samples.jsonl"))
     if not notes.is_file():
-        common.write_atomic(notes, json.dumps(protocol, indent=1) + "\n")
-        common.write_atomic(samples, "")
+        write_atomic(notes, json.dumps(protocol, indent=1) + "\n")
+        write_atomic(samples, "")
         return {}
     before = json.loads(notes.read_text())
     if before != protocol:
@@ -174,17 +187,19 @@ def stored(out: Path, protocol: dict[str, object]) -> dict[str, list[dict]]:
             break
         groups.setdefault(sample["id"], []).append(sample)
     groups = {key: group for key, group in groups.items() if len(group) == protocol["samples"]}
-    common.write_atomic(samples, "".join(json.dumps(s) + "\n" for group in groups.values() for s in group))
+    write_atomic(samples, "".join(json.dumps(s) + "\n" for group in groups.values() for s in group))
     return groups
 
 
 def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict]]:
     """The lines of the samples file, per problem."""
     flat = [r for group in groups for r in group]
-    graded = [common.answer_part(r.text, r.problem.thinks) for r in flat]
+    texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
     golds = [r.problem.answer for r in flat]
-    rewards, failed = common.verify(graded, golds, many_boxes)
-    errors = [failed > 0 and common.verify([text], [gold], many_boxes)[1] > 0 for text, gold in zip(graded, golds, strict=True)]
+    rewards, failed = common.verify(texts, golds, many_boxes)
+    errors = [False] * len(flat)
+    if failed:  # which ones: each alone again
+        errors = [common.verify([text], [gold], many_boxes)[1] > 0 for text, gold in zip(texts, golds, strict=True)]
     lines = iter(
         {
             "id": r.problem.id,
@@ -195,46 +210,53 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
             "boxes": len(set(common.boxed(text))),
             "verifier_error": error,
         }
-        for r, text, reward, error in zip(flat, graded, rewards, errors, strict=True)
+        for r, text, reward, error in zip(flat, texts, rewards, errors, strict=True)
     )
     return [[next(lines) for _ in group] for group in groups]
 
 
-def run(cfg: Config, name: str, tokenizer: object, sampler: common.Sampler, dist: common.Dist, out: Path) -> dict | None:
-    """Sample and grade one benchmark, in steps of 64 problems a rank, each on disk before the next; rank 0 has the result."""
+def run(
+    cfg: Config,
+    name: str,
+    tokenizer: common.Tokenizer,
+    sampler: common.Sampler,
+    world: common.World,
+    out: Path,
+) -> dict | None:
+    """Sample and grade one benchmark, 64 problems a rank at a time; rank 0 has the result.
+
+    Each part is on disk before the next one is sampled (collective).
+    """
     source = locate(name, cfg.data_dir)
     name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
     problems = common.load_problems(source, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
-    done = [stored(out, protocol) if dist.rank == 0 else {}]
-    td.broadcast_object_list(done, 0)
+    done = [stored(out, protocol) if world.rank == 0 else {}]
+    dist.broadcast_object_list(done, 0)
     groups = done[0]
     left = [p for p in problems if p.id not in groups]
     if groups:
         common.print0(f"{name}: {len(groups)} of {len(problems)} problems are done already")
-    for start in tqdm(range(0, len(left), 64 * dist.world_size), desc=name, disable=None if dist.rank == 0 else True):
-        chunk = left[start : start + 64 * dist.world_size]
-        asked = chunk[dist.rank :: dist.world_size]
+    size = 64 * world.size
+    for start in tqdm(range(0, len(left), size), desc=name, disable=None if world.rank == 0 else True):
+        asked = left[start : start + size][world.rank :: world.size]
         args = (protocol["samples"], cfg.max_tokens, protocol["temperature"], (cfg.seed,), protocol["top_p"])
-        made = common.gather(grade(sampler.generate(asked, None, *args), cfg.many_boxes), dist)
+        made = common.gather(grade(sampler.generate(asked, None, *args), cfg.many_boxes), world)
         groups |= {group[0]["id"]: group for group in made}
-        if dist.rank == 0:
+        if world.rank == 0:
             with (out / f"{name}.samples.jsonl").open("a") as file:
                 file.write("".join(json.dumps(sample) + "\n" for group in made for sample in group))
                 file.flush()
                 os.fsync(file.fileno())
     sampler.sleep()
-    return (
-        {"result": summarize([groups[p.id] for p in problems], cfg.k, cfg.seed), "protocol": protocol} if dist.rank == 0 else None
-    )
+    if world.rank != 0:
+        return None
+    return {"result": summarize([groups[p.id] for p in problems], cfg.k, cfg.seed), "protocol": protocol}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Reports ------------------------------------------------------------------------------------------
 def read_report(folder: Path) -> dict[str, dict]:
+    """Result and protocol of each benchmark of a finished run."""
     path = folder / "report.json"
     if not path.is_file():
         common.fail(f"there is no {path}: not a folder of eval.py, or one that it has not finished")
@@ -242,17 +264,14 @@ def read_report(folder: Path) -> dict[str, dict]:
 
 
 def average_key(result: dict) -> str:
+    """The name of the score: avg@n."""
     return next(key for key in result if key.startswith("avg@"))
 
 
 def show(report: dict[str, dict]) -> None:
     """One table: a benchmark a line."""
-    keys = [
-        "problems",
-        "score",
-        "interval 95 %",
-        *dict.fromkeys(k for e in report.values() for k in e["result"] if k.startswith("pass@")),
-    ]
+    passes = dict.fromkeys(k for entry in report.values() for k in entry["result"] if k.startswith("pass@"))
+    keys = ["problems", "score", "interval 95 %", *passes]
     keys += ["truncated", "several_boxes", "mean_tokens", "verifier_errors"]
     rows = [["benchmark", *keys]]
     for name, entry in report.items():
@@ -268,7 +287,10 @@ def show(report: dict[str, dict]) -> None:
 
 
 def compare(one: Path, two: Path, seed: int) -> None:
-    """Paired over problems: mean of (two - one) with a bootstrap interval, and the problems on another side of one half."""
+    """Paired over problems: mean of (two - one) with its interval, and the problems that flipped.
+
+    Those are the ones whose means lie on two sides of one half.
+    """
     reports = read_report(one), read_report(two)
     shared = [name for name in reports[0] if name in reports[1]]
     if not shared:
@@ -307,9 +329,11 @@ def markdown(folders: tuple[Path, ...]) -> None:
             cells.append(f"{100 * result[average_key(result)]:.1f} ± {100 * half:.1f}" if result else "")
         scores = [entry["result"][average_key(entry["result"])] for entry in report.values()]
         label = folder.parent.parent.name if folder.parent.name == "final" else folder.name
-        print(f"| {label} | {' | '.join(cells)} | {f'{100 * np.mean(scores):.1f}' if len(scores) == len(names) else ''} |")
+        mean = f"{100 * np.mean(scores):.1f}" if len(scores) == len(names) else ""
+        print(f"| {label} | {' | '.join(cells)} | {mean} |")
 
 
+# Main ---------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     if cfg.table:
         return markdown(cfg.table)
@@ -317,29 +341,32 @@ def main(cfg: Config) -> None:
         if len(cfg.compare) != 2:
             common.fail("--compare takes two folders")
         return compare(*cfg.compare, cfg.seed)
-    dist = common.init(cfg.seed)
+    world = common.init(cfg.seed)
     tokenizer = common.load_tokenizer(cfg.model)
-    folder = Path(common.resolve_model(cfg.model))
+    folder = Path(resolve_model(cfg.model))
     out = Path(cfg.out or (folder / "eval" if folder.is_dir() else f"eval-{folder.name}"))
     out.mkdir(parents=True, exist_ok=True)
-    longest = cfg.max_prompt_tokens + cfg.max_tokens
     names = [name for name in cfg.data.split(",") if name]
     for name in names:
         locate(name, cfg.data_dir)  # before a model is loaded
-    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
+    shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens".split()
+    run_config = common.RunConfig(**{field: getattr(cfg, field) for field in shared})
+    sampler = common.load_sampler(run_config, tokenizer, world, cfg.max_tokens)
     report = {}
     for name in names:
-        entry = run(cfg, name, tokenizer, sampler, dist, out)
+        entry = run(cfg, name, tokenizer, sampler, world, out)
         if entry is not None:
             report[entry["protocol"]["benchmark"]] = entry
             print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))
-    if dist.rank == 0:
+    if world.rank == 0:
         path = out / "report.json"
-        common.write_atomic(path, json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | report, indent=1) + "\n")
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        write_atomic(path, json.dumps(before | report, indent=1) + "\n")
         show(report)
         print(f"wrote {path}, with the samples of every benchmark beside it")
     common.shutdown()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__) if {"--compare", "--table"} & set(sys.argv) else common.parse(Config))
+    reports_only = {"--compare", "--table"} & set(sys.argv)
+    main(tyro.cli(Config, description=__doc__) if reports_only else common.parse(Config))

@@ -1,21 +1,24 @@
-"""GRPO: group relative policy optimization. Shao et al. 2024, arXiv 2402.03300; Dr.GRPO, 2503.20783; DAPO, 2503.14476.
+"""GRPO: group relative policy optimization. Shao et al. 2024, arXiv 2402.03300.
 
-Sample N completions of a problem, let the verifier score them, and push each one up or down by how much better it did than its
-group. No value network: the group's mean is the baseline. This is the parent file; every other online method is a diff of it.
+Sample a group of completions of each problem, let the verifier score them, and push every
+completion up or down by how much it differs from its group's mean. This mean is the baseline, so
+no value network is needed. This is the parent file: the other online methods descend from it.
 
-    A[i]  = (rewards[i] - mean(rewards)) / std(rewards)                        one number per completion
+    A     = (reward - mean(rewards)) / std(rewards)                 one number per completion
     ratio = exp(logprobs - old_logprobs)
-    loss  = - sum_t w[t] v[t] min(ratio[t] A, clip(ratio[t], 1 - clip_low, 1 + clip_high) A)
-            + kl_coef sum_t w[t] KL(policy || reference)[t]  -  entropy_coef sum_t w[t] H[t]
-    v     = min(exp(old_logprobs - sampler_logprobs), tis_cap)                 1 where sampler and trainer agree
-    w     = 1 / num_tokens (token), 1 / (rows x row length) (sequence) or 1 / (rows x max_completion_tokens) (constant)
+    loss  = - sum_t w v min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
+            + kl_coef sum_t w KL(policy || reference)  -  entropy_coef sum_t w H
+    v     = min(exp(old_logprobs - sampler_logprobs), tis_cap)     1 where sampler and trainer agree
+    w     = 1 / tokens (token), 1 / (rows x tokens of the row) (sequence),
+            1 / (rows x max_completion_tokens) (constant)    rows, tokens: of the update, all ranks
 
-Departures. The paper's setting is --loss_norm sequence --kl_coef 0.04; the default here is DAPO's token mean without a reference
-model, which is what the field runs. Dr.GRPO is --no-scale_by_std --loss_norm constant; DAPO's loss is --clip_high 0.28
---zero_variance drop (its redrawing of dropped groups is not here). A negative clip bound switches that side off.
+Departures. The paper's setting is --loss_norm sequence --kl_coef 0.04; the default is the token
+mean of DAPO (2503.14476) without a reference model. Dr.GRPO (2503.20783) is --no-scale_by_std
+--loss_norm constant. DAPO's loss is --clip_high 0.28 --zero_variance drop; dropped groups are not
+drawn again.
 
     torchrun grpo.py --model Qwen2.5-1.5B                                one GPU
-    torchrun --nproc_per_node 8 grpo.py --model runs/SFT/final --no-scale_by_std --clip_high 0.28 --updates_per_step 2
+    torchrun --nproc_per_node 8 grpo.py --model Qwen2.5-7B --clip_high 0.28 --updates_per_step 2
     python grpo.py --model tiny                                          a laptop
 """
 
@@ -27,210 +30,138 @@ from torch import Tensor
 
 import common
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config
-# ----------------------------------------------------------------------------------------------------------------------
 
-
+# Config -------------------------------------------------------------------------------------------
 @dataclass
 class Config:
-    # run
-    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or tiny (bundled)
-    data: str = "Elliott/Openr1-Math-46k-8192"  # hub name, .jsonl, .jsonl.gz or .parquet
-    test_data: str = "HuggingFaceH4/MATH-500"  # the same; empty: no evaluation
-    out: str = ""  # the run's folder; empty: runs/<method>-<model>-<time>
-    resume: str = ""  # a run's folder to continue, with its own flags
-    seed: int = 0  # of the order of problems and of everything sampled
     # rollouts
-    steps: int = 500  # of rollouts and update(s)
+    steps: int = 500  # rounds of rollouts and update(s)
     problems_per_step: int = 128  # over all ranks
     group_size: int = 8  # completions per problem
-    max_prompt_tokens: int = 1024  # longer prompts are dropped at load
-    max_completion_tokens: int = 8192  # hint included
+    max_completion_tokens: int = 8192  # EOS and, where there is one, the hint included
     temperature: float = 1.0  # of sampler and log-probabilities alike
-    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
-    columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
-    sampler_memory: float = 0.4  # share of the GPU for vLLM
-    tensor_parallel: int = 1  # ranks that share a vLLM engine
-    rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
-    max_positions: int = 0  # window of the model; 0: its own
     # loss
     scale_by_std: bool = True  # divide the advantage by the group's std
-    zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: in the update and its denominator, or left out
-    loss_norm: Literal["token", "sequence", "constant"] = "token"  # what a token's weight is; see above
-    clip_low: float = 0.2  # ratio below 1 - clip_low gets no gradient; negative: off
-    clip_high: float = 0.2  # ratio above 1 + clip_high gets no gradient; negative: off
-    tis_cap: float = 2.0  # of the importance weight for what sampler and trainer disagree on; 0: off
+    zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: keep them in w, or drop them
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # w of grpo.py's docstring
+    clip_low: float = 0.2  # where A < 0, a ratio below 1 - clip_low gets no gradient; negative: off
+    clip_high: float = 0.2  # where A > 0, a ratio above 1 + clip_high gets no gradient; negative: off
+    tis_cap: float = 2.0  # largest v of grpo.py's docstring; 0: v = 1
     kl_coef: float = 0.0  # 0: no reference model is loaded
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
     entropy_coef: float = 0.0  # bonus per nat
     # optimization
-    lr: float = 1e-6  # constant after the warm-up
+    lr: float = 1e-6  # AdamW; constant after the warm-up
     warmup_steps: int = 0  # linear
-    weight_decay: float = 0.01  # AdamW
-    grad_clip: float = 1.0  # norm of the summed gradient; 0: off
     updates_per_step: int = 1  # optimizer steps per rollout batch, each on its own share of the groups
-    tokens_per_microbatch: int = 16384  # prompt + completion tokens in one forward; never changes the gradient
-    checkpoint_activations: bool = False  # recompute layers in the backward: less memory, a third more time
-    # bookkeeping
-    eval_every: int = 10  # steps
-    eval_samples: int = 1  # per test problem
-    save_every: int = 50  # steps
-    keep: int = 2  # checkpoints
-    wandb: bool = False
+    # the same in every method: model, data, sampler, memory, bookkeeping
+    run: common.RunConfig = common.RunConfig()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# The loss -----------------------------------------------------------------------------------------
 def loss_fn(
+    cfg: Config,
+    batch: common.Batch,  # the rows: masks, advantages, and the log-probabilities they were sampled with
     logprobs: Tensor,  # (B, T) of the policy, with gradient
-    old_logprobs: Tensor,  # (B, T) of the policy that made the batch
-    advantages: Tensor,  # (B,)
-    importance: Tensor,  # (B, T) truncated ratio of old policy to sampler, constant
-    entropy: Tensor,  # (B, T)
+    entropy: Tensor,  # (B, T) of the policy
     ref_logprobs: Tensor | None,  # (B, T) of the frozen reference; None without KL
-    mask: Tensor,  # (B, T) bool, the tokens that are trained
-    num_tokens: int,  # trained tokens of the whole optimizer step, all ranks
-    num_rows: int,  # rows of the whole optimizer step, all ranks
-    max_tokens: int,  # the constant of loss_norm constant
-    loss_norm: str,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
+    counts: common.Counts,  # tokens and rows of the whole optimizer step, all ranks
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The equation above over one micro-batch: a sum, so micro-batches and ranks add up. Metrics likewise, detached."""
-    lengths = mask.sum(1, keepdim=True).clamp(min=1).to(logprobs.dtype)
-    weight = {"token": 1 / max(num_tokens, 1), "sequence": 1 / (num_rows * lengths), "constant": 1 / (num_rows * max_tokens)}
-    weights = torch.where(mask, weight[loss_norm], 0.0)  # (B, T)
-    per_token = torch.where(mask, 1 / max(num_tokens, 1), 0.0)  # for metrics: the mean over trained tokens
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    surrogate, clipped = common.clipped_surrogate(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
-    loss = -(weights * importance * surrogate).sum()
-    metrics = {"clip_fraction": (per_token * clipped).sum(), "entropy": (per_token * entropy.detach()).sum()}
-    if kl_coef:
-        kl = common.kl_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kl_estimator)
-        loss = loss + kl_coef * (weights * kl).sum()
-        metrics["kl"] = (per_token * kl.detach()).sum()
-    if entropy_coef:
-        loss = loss - entropy_coef * (weights * entropy).sum()
+    """The equation above over one micro-batch: a sum, so that micro-batches and ranks add up."""
+    mask, num_tokens, num_rows = batch.policy_mask, counts.policy, counts.rows
+    w = common.token_weights(mask, cfg.loss_norm, num_tokens, num_rows, cfg.max_completion_tokens)
+    A = batch.advantages[:, None]
+    old_logprobs = common.old_logprobs(batch, logprobs)
+    v = common.importance_weights(batch, old_logprobs, cfg.tis_cap)
+    # First update: old_logprobs are those of this policy, so ratio is exactly 1 but has a gradient.
+    ratio = torch.exp(torch.where(batch.policy_mask, logprobs - old_logprobs, 0.0))
+    surrogate, clipped = common.clipped_surrogate(ratio, A, cfg.clip_low, cfg.clip_high)
+    loss = -(w * v * surrogate).sum()
+    metrics = {"clip_fraction": common.token_mean(clipped, mask, num_tokens)}
+    metrics["entropy"] = common.token_mean(entropy.detach(), mask, num_tokens)
+    if cfg.kl_coef:
+        policy_lp, ref_lp = (torch.where(mask, x, 0.0) for x in (logprobs, ref_logprobs))
+        kl = common.kl_divergence(policy_lp, ref_lp, cfg.kl_estimator)
+        loss = loss + cfg.kl_coef * (w * kl).sum()
+        metrics["kl"] = common.token_mean(kl.detach(), mask, num_tokens)
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * (w * entropy).sum()
     return loss, metrics | {"loss": loss.detach()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Main ---------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
-    dist = common.init(cfg.seed)
-    tokenizer = common.load_tokenizer(cfg.model)
-    limits = {"max_prompt_tokens": cfg.max_prompt_tokens, "max_completion_tokens": cfg.max_completion_tokens}
-    data = {"template": cfg.template, "columns": cfg.columns, **limits}
-    train = common.load_problems(cfg.data, tokenizer, **data)
-    test = common.load_problems(cfg.test_data, tokenizer, **data, split="test") if cfg.test_data else []
-    policy = common.load_policy(cfg.model, dist, cfg.checkpoint_activations)
-    reference = common.load_policy(cfg.model, dist).requires_grad_(False) if cfg.kl_coef else None
-    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
-    sampler = common.load_sampler(cfg.sampler, cfg.model, tokenizer, dist, longest, cfg.sampler_memory, cfg.tensor_parallel)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    world = common.init(cfg.run.seed)
+    tokenizer = common.load_tokenizer(cfg.run.model)
+    train, test = common.load_data(cfg, tokenizer)
+    policy = common.load_policy(cfg.run, world)
+    reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
+    sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)}
-    log = common.RunLog(cfg, __file__, dist)
+    log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)
     sampler.sync(policy)
 
-    for step in range(start, cfg.steps + 1):
-        # Evaluate and save. The policy of `step` has made `step` updates; the last pass through here ends the run.
-        values = {}
-        if test and (step % cfg.eval_every == 0 or step == cfg.steps):
-            with log.timer("evaluation"):
-                values["test_accuracy"] = common.evaluate(
-                    sampler, test, cfg.eval_samples, cfg.max_completion_tokens, cfg.temperature, cfg.seed, dist
-                )
-        stop = log.should_stop()
-        if step > start and (step % cfg.save_every == 0 or step == cfg.steps or stop):
-            common.save(log, step, state, cfg.keep)
-        if step == cfg.steps or stop:
+    for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
+        if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
+            log.phase("evaluation")
+            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+        last = stop.asked(world) or step == cfg.steps
+        if step > start and (last or step % cfg.run.save_every == 0):
+            common.save(log, step, state)
+        if last:
             break
 
-        # Problems
-        problems = common.draw(train, cfg.problems_per_step, step, cfg.seed, dist)
+        log.phase("rollouts")
+        problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
+        groups = sampler.generate(
+            problems,
+            None,
+            cfg.group_size,
+            cfg.max_completion_tokens,
+            cfg.temperature,
+            (cfg.run.seed, step, 0),
+        )
 
-        # Rollouts
-        with log.timer("rollouts"):
-            groups = sampler.generate(
-                problems,
-                None,
-                cfg.group_size,
-                cfg.max_completion_tokens,
-                cfg.temperature,
-                (cfg.seed, step, 0),
-            )
+        log.phase("rewards")
+        log.add(verifier_errors=common.score(groups))
 
-        # Rewards
-        with log.timer("rewards"):
-            log.add(verifier_errors=common.score(groups))
-
-        # Advantages
+        log.phase("advantages")
         for group in groups:
             rewards = torch.tensor([[r.reward for r in group]])
-            for rollout, advantage in zip(group, common.group_advantages(rewards, cfg.scale_by_std)[0].tolist(), strict=True):
+            advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
+            for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-        log.add_rollouts(groups)
+        common.log_rollouts(log, groups)
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
-        # Update
-        with log.timer("update"):
-            sampler.sleep()
-            lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup_steps or 1))
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
-            if cfg.updates_per_step > 1:
-                rows = [rollout for group in kept for rollout in group]
-                common.store_old_logprobs(policy, rows, cfg.temperature, cfg.tokens_per_microbatch, dist)
-            for update in range(cfg.updates_per_step):
-                part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, dist)
-                rows = [rollout for group in part for rollout in group]
-                num_tokens, _, num_rows = common.count_tokens(rows, dist)
-                for batch in common.microbatches(rows, cfg.tokens_per_microbatch, dist):
-                    logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
-                    ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
-                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-                    loss, metrics = loss_fn(
-                        logprobs,
-                        old_logprobs,
-                        batch.advantages,
-                        common.truncated_importance(old_logprobs, batch, cfg.tis_cap, log),
-                        entropy,
-                        ref_logprobs,
-                        batch.completion_mask,
-                        num_tokens,
-                        num_rows,
-                        cfg.max_completion_tokens,
-                        cfg.loss_norm,
-                        cfg.clip_low,
-                        cfg.clip_high,
-                        cfg.kl_coef,
-                        cfg.kl_estimator,
-                        cfg.entropy_coef,
-                    )
-                    loss.backward()
-                    log.add(**{name: metric / cfg.updates_per_step for name, metric in metrics.items()})
-                values["grad_norm"] = common.clip_gradients(policy.parameters(), cfg.grad_clip).item()
-                optimizer.step()
-                optimizer.zero_grad()
+        log.phase("update")
+        sampler.sleep()
+        warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
+        log.set(lr=common.set_lr(cfg.lr * warm, optimizer))
+        if cfg.updates_per_step > 1:
+            common.store_old_logprobs(policy, [row for group in kept for row in group], cfg, world)
+        for update in range(cfg.updates_per_step):
+            part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, world)
+            rows = [row for group in part for row in group]
+            counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
+            for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
+                logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
+                ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
+                loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
+                loss.backward()
+                common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
+            norm = common.clip_gradients(policy.parameters(), cfg.run.grad_clip)
+            log.set(grad_norm=norm)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        # Sync and log
-        with log.timer("sync"):
-            sampler.sync(policy)
-        log.step(step, groups, lr=lr, **values)
+        log.phase("sync")
+        sampler.sync(policy)
+        log.step(step)
 
-    common.finish(log, step, values, policy, tokenizer, cfg.model)
+    common.finish(log, step, policy, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""metrics.jsonl files in, one PNG out: reward, test accuracy, length, entropy and what else the methods log.
+"""metrics.jsonl files in, one PNG out: reward, test accuracy, length, entropy and the rest.
 
 python plot.py runs/bread-tiny-* runs/grpo-tiny-* --out comparison.png
 """
 
 import json
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +53,7 @@ PANELS = {  # key of metrics.jsonl: axis label; those after entropy are drawn on
 
 @dataclass
 class Config:
-    runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)  # run folders or metrics.jsonl files
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # run folders or metrics.jsonl files
     out: Path = Path("")  # the PNG; empty: curves.png in the first run's folder
 
 
@@ -78,8 +78,9 @@ def caption(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return folder.name
     config = json.loads((folder / "config.json").read_text())
-    dirty = "+changes" if config["dirty"] else ""
-    return f"{folder.name}: {' '.join([Path(config['argv'][0]).name, *config['argv'][1:]])} @ {config['commit'][:10]}{dirty}"
+    script, *flags = config["argv"]
+    command, dirty = " ".join([Path(script).name, *flags]), "+changes" if config["dirty"] else ""
+    return f"{folder.name}: {command} @ {config['commit'][:10]}{dirty}"
 
 
 def main(cfg: Config) -> None:
@@ -95,7 +96,8 @@ def main(cfg: Config) -> None:
         for folder, run in zip(folders, runs, strict=True):
             points = [(row["step"], row[key]) for row in run if row.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if key == "test_accuracy" else "", ms=3, lw=1.2, label=folder.name)
+                marker = "o" if key == "test_accuracy" else ""
+                axis.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.2, label=folder.name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         if label.startswith(("reward", "test accuracy", "share", "anchor", "probability")):

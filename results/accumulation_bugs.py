@@ -1,10 +1,12 @@
-"""The two published gradient-accumulation bugs beside the correct sum, on one small model. sft.py has neither.
+"""The two published gradient-accumulation bugs beside the correct sum. sft.py has neither.
 
 correct        sum of all token losses / tokens of all micro-batches
-first_last     only the first and the last micro-batch arrive, the denominator stays: DeepSpeed ZeRO-2 with CPU-offloaded
-               optimizer, v0.15.2 to v0.18.9 (introduced by deepspeedai/DeepSpeed#6550, fixed by #7967)
+first_last     only the first and the last micro-batch arrive, the denominator stays: DeepSpeed
+               ZeRO-2 with a CPU-offloaded optimizer, v0.15.2 to v0.18.9 (introduced by
+               deepspeedai/DeepSpeed#6550, fixed by #7967)
 first_only     only the first arrives: the wording of some summaries of the same bug
-mean_of_means  the mean of each micro-batch's own token mean: OpenRLHF up to v0.10.3 (fixed by its #1249), and many others
+mean_of_means  the mean of each micro-batch's own token mean: OpenRLHF up to v0.10.3 (fixed by its
+               #1249), and many others
 
 Limozin et al. 2026 (arXiv 2604.23747) show that these two lowered the published SFT baselines.
 
@@ -20,7 +22,7 @@ ROWS, VOCABULARY = 16, 64
 
 
 def weights(token_counts: list[int], mode: str) -> list[float]:
-    """What the *sum* of token losses of each micro-batch is multiplied with before the backward passes add up."""
+    """The factor of each micro-batch's *sum* of token losses, before the backward passes add up."""
     last, total = len(token_counts) - 1, sum(token_counts)
     if mode == "mean_of_means":
         return [1 / (len(token_counts) * count) for count in token_counts]
@@ -45,7 +47,7 @@ def small_model() -> transformers.PreTrainedModel:
 
 
 def ragged_rows(seed: int) -> list[Tensor]:
-    """Token rows of a fixed random language, 4 to 63 tokens long: the next token is a noisy function of the last."""
+    """Rows of 4 to 63 tokens; each token is a noisy function of the one before it."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in torch.randint(4, 64, (ROWS,), generator=generator).tolist():
@@ -67,7 +69,7 @@ def loss_sum(model: transformers.PreTrainedModel, rows: list[Tensor]) -> Tensor:
 
 
 def backward(model: transformers.PreTrainedModel, rows: list[Tensor], num_microbatches: int, mode: str) -> float:
-    """Accumulate the gradient of one optimizer step as `mode` does; the loss that a framework with that bug reports."""
+    """Accumulate one step's gradient as `mode` does. Returns the loss that a framework reports."""
     size = len(rows) // num_microbatches
     microbatches = [rows[i * size : (i + 1) * size] for i in range(num_microbatches)]
     counts = [sum(len(row) - 1 for row in batch) for batch in microbatches]

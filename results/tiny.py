@@ -1,12 +1,13 @@
-"""Every method on the tiny model at equal settings: test accuracy over steps, mean and range over seeds.
+"""Every method on the tiny model at equal settings: test accuracy, mean and range over seeds.
 
-python results/tiny.py                            runs all that is missing under runs/tiny, then tables
-python results/tiny.py --methods grpo bread       some of them
-python results/tiny.py --steps 0                  only the table and the figure, from results/tiny.jsonl
+python results/tiny.py                         runs all that is missing under runs/tiny, then tables
+python results/tiny.py --methods grpo bread    some of them
+python results/tiny.py --steps 0               only table and figure, from results/tiny.jsonl
 
-One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to twice as many), their expert traces for
-sft and iw_sft. Settings: each file's own defaults under tiny/settings.json, tuned for no method (relift: no entropy bonus), at two
-learning rates for all, of which some need the lower one.
+One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to twice as
+many), their expert traces for sft and iw_sft. Settings: each file's own defaults under
+tiny/settings.json, tuned for no method (relift: no entropy bonus), at two learning rates for all,
+of which some need the lower one.
 """
 
 import itertools
@@ -19,17 +20,19 @@ from pathlib import Path
 
 import matplotlib
 import tyro
+from methods import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-METHODS = "bread grpo sft sft_then_grpo luffy srft relift uft prefix_rft bridge iw_sft chord hpt trapo".split()
+NAMES = [method.name for method in METHODS]
+NAMES.insert(NAMES.index("sft") + 1, "sft_then_grpo")
 
 
 @dataclass
 class Config:
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(NAMES)
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = (3e-4, 1e-4)  # ReLIFT's SFT step has the same
     steps: int = 60  # 0: no runs
@@ -38,17 +41,19 @@ class Config:
 
 def train(script: str, model: str, seed: int, lr: float, steps: int, folder: Path) -> tuple[dict[int, float], dict]:
     """One training: test accuracy by step, and the run's config.json. Loud when it fails."""
-    command = [sys.executable, str(HERE.parent / f"{script}.py"), "--model", model, "--seed", str(seed), "--steps", str(steps)]
-    command += ["--lr", str(lr), *(["--sft_lr", str(lr)] if script == "relift" else [])]
-    subprocess.run([*command, "--out", str(folder), "--save_every", "100000"], check=True, stdout=subprocess.DEVNULL)
+    flags = {"model": model, "seed": seed, "steps": steps, "lr": lr, "out": folder, "save_every": 100000}
+    if script == "relift":
+        flags["sft_lr"] = lr
+    command = [sys.executable, str(HERE.parent / f"{script}.py")]
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}, json.loads(
-        (folder / "config.json").read_text()
-    )
+    accuracy = {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}
+    return accuracy, json.loads((folder / "config.json").read_text())
 
 
 def run(method: str, seed: int, lr: float, steps: int, out: Path) -> dict:
-    """One line of tiny.jsonl. SFT then RL has half of the steps for each, GRPO from where SFT ended."""
+    """One line of tiny.jsonl. SFT then RL has half of the steps for each."""
     folder, start = out / f"{method}-{seed}-{lr}", time.time()
     if method == "sft_then_grpo":
         half = steps // 2
@@ -71,11 +76,13 @@ def run(method: str, seed: int, lr: float, steps: int, out: Path) -> dict:
 
 def show(records: list[dict]) -> None:
     """Markdown table of mean (lowest to highest seed), and the figure."""
-    methods = [m for m in METHODS if any(r["method"] == m for r in records)]
+    methods = [m for m in NAMES if any(r["method"] == m for r in records)]
     steps = sorted({int(s) for r in records for s in r["test_accuracy"]})
     lrs = sorted({r["lr"] for r in records}, reverse=True)
-    print("| method | " + " | ".join(f"lr {lr:g}, step {s}" for lr in lrs for s in steps[2::2]) + " |\n|---|" + "---|" * 6)
-    figure, axes = plt.subplots(-(-len(methods) // 4), 4, figsize=(11, 2.3 * -(-len(methods) // 4)), sharex=True, sharey=True)
+    columns = [f"lr {lr:g}, step {step}" for lr in lrs for step in steps[2::2]]
+    print(f"| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    rows = -(-len(methods) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.3 * rows), sharex=True, sharey=True)
     for axis, method in zip(axes.flat, methods, strict=False):
         cells = []
         for lr, color in zip(lrs, ("tab:blue", "tab:orange"), strict=False):
@@ -103,7 +110,8 @@ def main(cfg: Config) -> None:
     found = HERE / "tiny.jsonl"
     records = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     for method, seed, lr in itertools.product(cfg.methods, cfg.seeds, cfg.lrs) if cfg.steps else ():
-        if not any((r["method"], r["seed"], r["lr"], r["steps"]) == (method, seed, lr, cfg.steps) for r in records):
+        wanted = (method, seed, lr, cfg.steps)
+        if not any((r["method"], r["seed"], r["lr"], r["steps"]) == wanted for r in records):
             records.append(run(method, seed, lr, cfg.steps, cfg.out))
             with found.open("a") as file:
                 file.write(json.dumps(records[-1]) + "\n")

@@ -1,4 +1,4 @@
-"""Random models of several architectures, a byte-level tokenizer and a world of one process, all made here without a network."""
+"""Random models of several architectures, a byte tokenizer and a world of one process."""
 
 import importlib
 import json
@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import common  # noqa: E402
+from core import records  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,7 @@ SIZES = {
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token per byte, and EOS, which is 0 and pads too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,13 +58,15 @@ def random_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 @pytest.fixture(scope="session")
-def dist():
+def world():
+    """The world of this process, which lives as long as the session."""
     yield common.init(0)
     common.shutdown()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    """The byte tokenizer."""
     return byte_tokenizer()
 
 
@@ -81,40 +85,50 @@ def model_folder(tmp_path_factory):
 
 
 def problem(prompt: str, answer: str = "1", expert: str | None = None, id: str | None = None) -> common.Problem:
+    """A problem with the ids of the byte tokenizer."""
     tok = byte_tokenizer()
     expert_ids = None if expert is None else [*tok(expert).input_ids, tok.eos_token_id]
     return common.Problem(id or prompt, prompt, tok(prompt).input_ids, answer, expert_ids)
 
 
-def run_script(*args: str, nproc: int = 1, check: bool = True, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user does: python, or torchrun for more than one process."""
+def run_script(
+    *args: str, nproc: int = 1, check: bool = True, timeout: int = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run a script as a user does: python, or torchrun for more than one process."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     command = [*(start if nproc > 1 else [sys.executable]), *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    options = {"cwd": cwd, "capture_output": True, "text": True, "timeout": timeout, "env": environment}
+    done = subprocess.run(command, check=False, **options)
     if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(args)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise AssertionError(f"{' '.join(args)}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
 
 
 def train(script: str, *flags: object) -> None:
-    """Run a trainer's main in this process, in the world that is already there; a process of its own costs ten times as long."""
+    """Run a trainer's main in this process and world; one of its own costs ten times as long."""
     module = importlib.import_module(script)
-    argv, shutdown, handlers = sys.argv, common.shutdown, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv, common.shutdown = [f"{script}.py", *map(str, flags)], lambda: None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        module.main(common.parse(module.Config))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+            patch.setattr(records, "shutdown", lambda: None)  # finish would end the world of the session
+            module.main(common.parse(module.Config))
     finally:
-        sys.argv, common.shutdown = argv, shutdown
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def read_metrics(folder: Path, exact: bool = True, clocks: bool = False) -> list[dict]:
-    """The lines of metrics.jsonl without clocks, rates and memory; not exact: to be compared with equality up to rounding."""
+    """The lines of metrics.jsonl without clocks, rates and memory.
+
+    Not exact: to be compared with equality up to rounding.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if clocks:
         return rows
     unstable = ("seconds", "tokens_per_second", "peak_memory")
     rows = [{k: v for k, v in row.items() if not k.startswith(unstable)} for row in rows]
-    return rows if exact else [{k: pytest.approx(v, rel=2e-3, abs=2e-4) for k, v in row.items()} for row in rows]
+    if exact:
+        return rows
+    return [{k: pytest.approx(v, rel=2e-3, abs=2e-4) for k, v in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""Train several methods one after another in the same processes: torchrun --nproc_per_node 2 tests/methods_worker.py RUNS_JSON."""
+"""Train methods one after another: torchrun --nproc_per_node 2 methods_worker.py RUNS_JSON."""
 
 import json
 import sys

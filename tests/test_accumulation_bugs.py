@@ -1,14 +1,9 @@
-"""results/accumulation_bugs.py does what it says: the correct sum is one big batch, and each bug is the bug."""
-
-import sys
+"""results/accumulation_bugs.py: the correct sum is one big batch, and each bug is the bug."""
 
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "results"))
-
-import accumulation_bugs as bugs  # noqa: E402
+from results import accumulation_bugs as bugs
 
 
 def gradient(k: int, mode: str) -> torch.Tensor:
@@ -26,6 +21,7 @@ def test_worked_example():
 
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_the_correct_sum_is_one_big_batch(k):
+    """k micro-batches have the gradient of one, but the mean of their means has not."""
     assert torch.allclose(gradient(k, "correct"), gradient(1, "correct"), rtol=1e-9, atol=1e-12)
     assert (gradient(k, "mean_of_means") - gradient(1, "correct")).abs().max() > 1e-4
 

@@ -1,13 +1,12 @@
-"""BRIDGE's three updates against explicit autograd on plain copies, its adapter, and what it turns into at lam 0 and 1."""
+"""BRIDGE's three updates against explicit autograd, its adapter, and what it is at lam 0 and 1."""
 
 import inspect
 import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer, random_model
+from conftest import byte_tokenizer, problem, random_model
 from one_step import expert_problems, fixed_groups, one_step
-from test_losses import inputs
 
 import bridge
 import common
@@ -41,7 +40,7 @@ def surrogate(model, groups, old=None, reference=None, kl_coef=0.0):
     for i, row in enumerate(rows):
         rewards = torch.tensor([r.reward for r in groups[i // 4]], dtype=torch.float64)
         a = ((row.reward - rewards.mean()) / (rewards.std() + 1e-6)).item()
-        batch = common.make_batch([row], common.init(0))
+        batch = common.make_batch([row])
         lp = common.token_logprobs(model, batch, 1.0)[0][0]
         ratio = (lp - (lp.detach() if old is None else old[i])).exp()
         total = total + torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum()
@@ -54,10 +53,11 @@ def surrogate(model, groups, old=None, reference=None, kl_coef=0.0):
 
 def explicit(lam, groups, meta=True, kl_coef=0.0):
     """Gradients to descend for theta, w and shadow, by the three equations of the docstring."""
-    policy, shadow = (common.Policy(filled_adapter(m)) for m in (random_model("qwen2", 0, torch.float64), shadow_model()))
+    models = random_model("qwen2", 0, torch.float64), shadow_model()
+    policy, shadow = (common.Policy(filled_adapter(model)) for model in models)
     reference = common.Policy(random_model("qwen2", 2, torch.float64))
     (theta, w), (hat, w_hat) = bridge.split_parameters(policy), bridge.split_parameters(shadow)
-    experts = common.make_batch([common.expert_rollout(p, byte_tokenizer()) for p in expert_problems()], common.init(0))
+    experts = common.make_batch([common.expert_rollout(p, byte_tokenizer()) for p in expert_problems()])
     j_sft = common.token_logprobs(policy, experts, 1.0)[0].sum() / sum(experts.lengths)  # 0 outside a row
     j_rl, old = surrogate(policy, groups, None, reference, kl_coef)
     j_hat, _ = surrogate(shadow, groups, old, reference, kl_coef)
@@ -82,10 +82,12 @@ def main(patch, hat=None, groups=None, filled=True, dtype=torch.float64, **flags
     return one_step(bridge, models, groups or fixed_groups(), **flags)[0]
 
 
-@pytest.mark.parametrize("flags", [{}, {"lam": 0.3}, {"lam": 1.0}, {"lam": 0.7, "kl_coef": 0.2}, {"meta": False}, {"fail": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lam": 0.3}, {"lam": 1.0}, {"lam": 0.7, "kl_coef": 0.2}, {"meta": False}, {"fail": True}]
+)
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
-def test_main_is_the_three_equations(flags, budget, dist, monkeypatch):
-    """theta never gets the shadow's gradient, the shadow none of SFT's; equal rewards leave (1 - lam) SFT for w."""
+def test_main_is_the_three_equations(flags, budget, world, monkeypatch):
+    """theta gets nothing from the shadow, the shadow nothing from SFT; equal rewards leave SFT."""
     flags, groups = dict(flags), fixed_groups()
     for row in (row for group in groups for row in group) if flags.pop("fail", False) else ():
         row.reward = 0.0
@@ -97,8 +99,8 @@ def test_main_is_the_three_equations(flags, budget, dist, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [{"lam": 1.0}, {"lam": 1.0, "reset_every": 5}, {"lam": 0.5}])
-def test_equal_shadow_has_no_gain(flags, dist, monkeypatch):
-    """Shadow = theta: the gain's gradient on w is exactly 0, which leaves (1 - lam) SFT; a reset makes them equal."""
+def test_equal_shadow_has_no_gain(flags, world, monkeypatch):
+    """Shadow = theta, as after a reset: the gain's gradient on w is 0, (1 - lam) SFT is left."""
     same = None if "reset_every" in flags else random_model("qwen2")
     _, w, _ = main(monkeypatch, same, dtype=torch.float32, **flags)
     if flags["lam"] == 1:
@@ -108,7 +110,7 @@ def test_equal_shadow_has_no_gain(flags, dist, monkeypatch):
 
 
 @pytest.mark.parametrize("grad_clip", [1.0, 1e-8])
-def test_one_step_shadow(grad_clip, dist, monkeypatch):
+def test_one_step_shadow(grad_clip, world, monkeypatch):
     """The shadow is theta after one clipped AdamW step of RL, whatever it was before."""
     found = main(monkeypatch, shadow="one_step", lam=1.0, lr=1e-3, grad_clip=grad_clip)
     policy, hat = (common.Policy(filled_adapter(random_model("qwen2", 0, torch.float64))) for _ in range(2))
@@ -123,33 +125,35 @@ def test_one_step_shadow(grad_clip, dist, monkeypatch):
     assert scale > 1e-2 and all((f - g).abs().max() < 1e-3 * scale for f, g in zip(found[-1], wanted, strict=True))
 
 
-def test_after_the_step_the_adapter_is_shared(dist, monkeypatch):
-    """w moves by its own warmed-up rate, theta by the other, and the shadow holds the same w but its own base."""
+def test_after_the_step_the_adapter_is_shared(world, monkeypatch):
+    """w and theta move by their own warmed-up rates; the shadow holds the same w, its own base."""
     models = [random_model("qwen2"), random_model("qwen2")]
     start = dict(filled_adapter(random_model("qwen2")).named_parameters())
-    flags = {"lora_rank": 4, "lora_alpha": 8.0, "sft_problems_per_step": 4, "warmup_steps": 4, "lr": 1e-3, "lora_lr": 1e-2}
+    flags = {"lora_rank": 4, "lora_alpha": 8.0, "sft_problems_per_step": 4}
+    flags |= {"warmup_steps": 4, "lr": 1e-3, "lora_lr": 1e-2}
     monkeypatch.setattr(bridge, "add_adapter", filled_adapter)
     one_step(bridge, models, fixed_groups(), **flags)
     for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        mine, theirs, moved = common.full_tensor(mine), common.full_tensor(theirs), common.full_tensor(mine) - start[name].detach()
-        rate = 1e-2 / 4 if "lora_" in name else 1e-3 / 4
+        mine, theirs = common.full_tensor(mine), common.full_tensor(theirs)
+        moved, rate = mine - start[name].detach(), 1e-2 / 4 if "lora_" in name else 1e-3 / 4
         assert torch.equal(mine, theirs) == ("lora_" in name), name
         assert moved.abs().max().item() == pytest.approx(rate, rel=0.05), name
 
 
-def test_at_the_ends_it_is_grpo_and_sft(dist, monkeypatch):
-    """Bit for bit without an adapter: lam 1 is grpo.py, and so is the shadow; lam 0, where linear starts, is sft.py."""
+def test_at_the_ends_it_is_grpo_and_sft(world, monkeypatch):
+    """Bit for bit without an adapter: lam 1 and the shadow are grpo.py, lam 0 is sft.py."""
     flags = {"lora_rank": 0, "filled": False, "dtype": torch.float32}
     theta, shadow = main(monkeypatch, random_model("qwen2"), lam=1.0, **flags)
     wanted = one_step(grpo, [random_model("qwen2")], fixed_groups(), tis_cap=0.0)[0][0]
     assert all(torch.equal(t, w) and torch.equal(s, w) for t, s, w in zip(theta, shadow, wanted, strict=True))
     wanted = one_step(sft, [random_model("qwen2")], problems_per_step=4)[0][0]
-    for lam in ({"lam": 0.0}, {"lam_schedule": "linear"}):
+    for lam in ({"lam": 0.0}, {"lam_schedule": "linear"}):  # linear starts at 0
         theta, _ = main(monkeypatch, random_model("qwen2"), **lam, **flags)
         assert all(torch.equal(t, w) for t, w in zip(theta, wanted, strict=True))
 
 
-def test_a_constant_added_to_all_rewards_changes_nothing(dist, monkeypatch):
+def test_a_constant_added_to_all_rewards_changes_nothing(world, monkeypatch):
+    """The baseline takes it away from all three gradients."""
     groups = fixed_groups()
     for row in (row for group in groups for row in group):
         row.reward += 7.0
@@ -157,30 +161,53 @@ def test_a_constant_added_to_all_rewards_changes_nothing(dist, monkeypatch):
         assert_close(one, two)
 
 
-def test_losses_are_the_parents():
-    lp, _, _, _, ent, _, mask = inputs("mixed")
-    assert torch.equal(bridge.sft_loss_fn(lp, mask, 40), sft.loss_fn(lp, ent, mask, 40)[0])
+def test_loss_is_the_parents():
+    """Line by line (that its SFT loss is sft.py's is seen at lam 0 above)."""
     assert inspect.getsource(bridge.loss_fn) == inspect.getsource(grpo.loss_fn)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+def test_shadow_backward(budget, world):
+    """The gradient of -J_RL with ratios to the rows' old policy and KL, and its metrics' sums."""
+    cfg = bridge.Config(tis_cap=0.0, kl_coef=0.2, run=common.RunConfig(tokens_per_microbatch=budget))
+    reference, groups = common.Policy(random_model("qwen2", 2, torch.float64)), fixed_groups()
+    rows = [row for group in groups for row in group]
+    for group in groups:
+        advantages = common.group_advantages(torch.tensor([[r.reward for r in group]]), True)
+        for row, advantage in zip(group, advantages[0].tolist(), strict=True):
+            row.advantage = advantage
+    _, old = surrogate(common.Policy(random_model("qwen2", 0, torch.float64)), groups)
+    for row, logprobs in zip(rows, old, strict=True):
+        row.old_logprobs = logprobs
+    shadow, copy = (common.Policy(shadow_model()) for _ in range(2))
+    metrics = bridge.shadow_backward(cfg, shadow, reference, rows, common.count(rows, world), world)
+    j_rl, _ = surrogate(copy, groups, old, reference, 0.2)
+    assert_close([p.grad for p in shadow.parameters()], torch.autograd.grad(-j_rl, list(copy.parameters())))
+    assert metrics["loss"].item() == pytest.approx(-j_rl.item(), rel=1e-6) and 0 < metrics["clip_fraction"] < 1
+    assert all(p.grad is None for p in reference.parameters())
+    assert bridge.shadow_backward(cfg, shadow, reference, [], common.count([], world), world) == {}
 
 
 @pytest.mark.parametrize(
     ("ratio", "a", "slope"), [(2.0, 1.0, 0), (2.0, -1.0, -2), (0.5, 1.0, 0.5), (0.5, -1.0, 0), (1.1, 1.0, 1.1)]
 )
 def test_clipping_comes_before_the_minus_sign(ratio, a, slope):
-    """Per token, d J_RL / d log p is A ratio, or 0 where PPO clips; w descends -lam (A - slope), never the negated loss's clip."""
+    """A token's d J_RL / d log p is A ratio, 0 where PPO clips: w descends -lam (A - that)."""
     w, w_hat = (torch.nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
-    one, mask = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    one, cfg = torch.ones(1, 1, dtype=torch.float64), bridge.Config(tis_cap=0.0)
+    row = common.Rollout(problem("q"), [1], sampler_logprobs=[-1.0], advantage=a, old_logprobs=-one[0])
+    batch, counts = common.make_batch([row]), common.Counts(policy=1, expert=0, rows=1)
     for leaf, log_ratio, share in ((w, 0.0, 0.3), (w_hat, math.log(ratio), 1.0)):
-        rest = (a * one[0], one, one, None, mask, 1, 1, 1, "token", 0.2, 0.2, 0.0, "k3", 0.0)
-        (share * bridge.loss_fn(leaf + log_ratio * one - 1, -one, *rest)[0]).backward()
+        loss, _ = bridge.loss_fn(cfg, batch, leaf + log_ratio * one - 1, one, None, counts)
+        (share * loss).backward()
     bridge.subtract_shadow([w], [w_hat], 0.3)
     assert w.grad.item() == pytest.approx(-0.3 * (a - slope))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_adapter(architecture, dist):
-    """A fresh adapter changes no bit, has a gradient for B alone, and rank 0 is the model itself."""
-    batch = common.make_batch([row for group in fixed_groups() for row in group], dist)
+def test_adapter(architecture, world):
+    """A fresh adapter changes no bit, only B has a gradient, and rank 0 is the model itself."""
+    batch = common.make_batch([row for group in fixed_groups() for row in group])
     plain, fresh = random_model(architecture), bridge.add_adapter(random_model(architecture), 4, 8.0, 0)
     lp, lp_fresh = (common.token_logprobs(common.Policy(m), batch, 1.0)[0] for m in (plain, fresh))
     assert torch.equal(lp, lp_fresh)
@@ -191,12 +218,13 @@ def test_adapter(architecture, dist):
     names = [name for name, _ in plain.named_parameters()]
     assert [name for name, _ in fresh.named_parameters() if "lora_" not in name] == names
     none = bridge.add_adapter(random_model(architecture), 0, 8.0, 0)
-    assert [name for name, _ in none.named_parameters()] == names and type(none.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert [name for name, _ in none.named_parameters()] == names
+    assert type(none.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_merged_weights(architecture, dist):
-    """Tied and untied: a plain model with the merged weights has the logits of (theta, w), which stays as it is."""
+def test_merged_weights(architecture, world):
+    """Tied or not, merged weights in a plain model have the logits of (theta, w), left as it is."""
     adapted = filled_adapter(random_model(architecture, 0, torch.float64, "sdpa"))
     ids, before = torch.arange(1, 12)[None], {k: v.clone() for k, v in adapted.state_dict().items()}
     plain = random_model(architecture, 1, torch.float64, "sdpa")
@@ -209,5 +237,5 @@ def test_merged_weights(architecture, dist):
         assert torch.allclose(plain(ids).logits, adapted(ids).logits, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(base, adapted(ids).logits, atol=1e-1)
     assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
-    policy = common.shard(filled_adapter(random_model(architecture, 0, torch.float64)), dist)
+    policy = common.shard(filled_adapter(random_model(architecture, 0, torch.float64)), world)
     assert all(torch.equal(weight, merged[name]) for name, weight in bridge.merged_weights(policy))

@@ -1,4 +1,4 @@
-"""What a user brings: the recognised schemas, real GSM8K and Countdown rows, and bad input: one sentence or one count."""
+"""What a user brings: the recognised schemas, real rows, and bad input, a sentence or a count."""
 
 import gzip
 import importlib.util
@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
+from datasets import Dataset
 
+import bread
 import common
 import uft
+from core import data
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"problem": "1+1?", "answer": "2", "solution": "1+1\n\\boxed{2}"}
@@ -17,9 +20,16 @@ LIMITS = {"max_prompt_tokens": 100, "max_completion_tokens": 200}
 
 
 def load(tmp_path, rows, tokenizer, **options):
+    """The problems of these rows, read from a file."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return common.load_problems(str(path), tokenizer, **(LIMITS | {"require_expert": True} | options))
+
+
+def sample(name, tokenizer):
+    """The real rows of tests/data."""
+    path = str(DATA / f"{name}_sample.jsonl")
+    return common.load_problems(path, tokenizer, max_prompt_tokens=2000, require_expert=True)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,7 @@ def load(tmp_path, rows, tokenizer, **options):
     ],
 )
 def test_recognised_columns(row, tmp_path, tokenizer):
+    """Question, answer and trace under the names that data sets use for them."""
     (problem,) = load(tmp_path, [row], tokenizer)
     assert problem.text == "1+1?" and problem.answer == "2"
     assert tokenizer.decode(problem.prompt_ids) == "1+1?\n"
@@ -64,7 +75,11 @@ SCHEMAS = {
         "gemini_attempt": "x",
     },
     "s1K": S1K
-    | {"solution": "$\\boxed{2}$", "thinking_trajectories": ["1+1 is \\boxed{3}?", " No."], "attempt": "1+1\n\\boxed{2}"},
+    | {
+        "solution": "$\\boxed{2}$",
+        "thinking_trajectories": ["1+1 is \\boxed{3}?", " No."],
+        "attempt": "1+1\n\\boxed{2}",
+    },
     "LUFFY": {
         "data_source": "math",
         "prompt": [{"role": "system", "content": "Your task"}, {"role": "user", "content": "1+1?"}],
@@ -75,20 +90,22 @@ SCHEMAS = {
     },
 }
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\n' }}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant{{ '\n' }}"
 )
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_thinking_schemas(schema, tmp_path, tokenizer):
-    """The prompt opens the tag, the trace does not repeat it, and only what follows </think> is graded: box 3 is in the thought."""
+    """The prompt opens the tag, and the trace does not repeat it.
+
+    Only what follows </think> is graded: box 3 is in the thought.
+    """
     row = SCHEMAS[schema]
     (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
     prompt, trace = tokenizer.decode(problem.prompt_ids), tokenizer.decode(problem.expert_ids)
-    assert (
-        prompt.endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
-        and "</think>" in prompt.split("user")[0]
-    )
+    assert prompt.endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert "</think>" in prompt.split("user")[0]
     assert trace == "1+1 is \\boxed{3}? No.\n</think>\n\n1+1\n\\boxed{2}<eos>"
     assert problem.thinks and problem.answer == "2" and problem.text == "1+1?"
     with pytest.raises(SystemExit, match="no usable row"):  # without the gate the trace has two different boxes
@@ -96,8 +113,7 @@ def test_thinking_schemas(schema, tmp_path, tokenizer):
 
 
 def test_parquet_of_nested_columns(tmp_path, tokenizer):
-    from datasets import Dataset  # noqa: PLC0415
-
+    """Lists and messages survive a Parquet file, where they are no Python lists."""
     for schema in ("OpenR1", "LUFFY"):
         Dataset.from_list([SCHEMAS[schema]] * 3).to_parquet(str(tmp_path / "rows.parquet"))
         options = LIMITS | {"max_prompt_tokens": 900, "require_expert": True, "template": "think"}
@@ -105,40 +121,45 @@ def test_parquet_of_nested_columns(tmp_path, tokenizer):
 
 
 def test_no_right_generation_is_a_counted_drop(tmp_path, tokenizer, capsys):
+    """The human's solution does not take the place of a right generation."""
     row = SCHEMAS["OpenR1"] | {"correctness_math_verify": [False, False]}
     assert len(load(tmp_path, [SCHEMAS["OpenR1"], row], tokenizer, template="think", max_prompt_tokens=900)) == 1
     assert "1 dropped: no solution" in capsys.readouterr().out
 
 
 def test_a_hub_name_with_a_dot(tokenizer, monkeypatch):
-    monkeypatch.setattr(common.datasets, "load_dataset", lambda name, part=None: {"train": [SCHEMAS["s1K-1.1"]]})
+    """A name whose last part looks like a suffix is asked of the hub."""
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, part=None: {"train": [SCHEMAS["s1K-1.1"]]})
     (problem,) = common.load_problems("simplescaling/s1K-1.1", tokenizer, template="think", require_expert=True)
     assert problem.answer == "2"
 
 
 def test_math_style(tmp_path, tokenizer):
+    """MATH has no column for the answer: it is in the solution's box."""
     row = {"problem": "1+1?", "level": "Level 3", "type": "Algebra", "solution": "So $1+1=\\boxed{2}$."}
     (problem,) = load(tmp_path, [row], tokenizer)
     assert problem.answer == "2" and tokenizer.decode(problem.expert_ids) == row["solution"] + "<eos>"
 
 
 def test_think_template_of_a_chat_model(tmp_path, tokenizer, monkeypatch):
-    """The tokenizer's template, the row's own system message where it has one, and the tag opened once."""
+    """The tokenizer's template, the row's own system message if it has one, the tag opened once."""
     prompts = []
     for template in (CHAT, CHAT + "<think>{{ '\n' }}"):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         for row in (SCHEMAS["LUFFY"], GOOD):
             (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
             prompts.append(tokenizer.decode(problem.prompt_ids))
-            assert problem.thinks and prompts[-1].count("<think>\n") == 1 and prompts[-1].endswith("assistant\n<think>\n")
-    assert (
-        prompts[:2] == prompts[2:] and "system\nYour task<|im_end|>" in prompts[0] and "between <think> and </think>" in prompts[1]
-    )
+            assert (
+                problem.thinks and prompts[-1].count("<think>\n") == 1 and prompts[-1].endswith("assistant\n<think>\n")
+            )
+    assert prompts[:2] == prompts[2:]
+    assert "system\nYour task<|im_end|>" in prompts[0] and "between <think> and </think>" in prompts[1]
     (problem,) = load(tmp_path, [GOOD], tokenizer, template="chat", max_prompt_tokens=900)
     assert problem.thinks, "a chat template that opens the tag is gated as well"
 
 
 def test_a_plain_trace_becomes_the_thought(tmp_path, tokenizer, capsys):
+    """A trace without the tag is the thought, and its answer is added after it."""
     row = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
     (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
     assert tokenizer.decode(problem.expert_ids) == "1+1=<<1+1=2>>2\n</think>\n\\boxed{2}<eos>"
@@ -157,7 +178,10 @@ def test_a_plain_trace_becomes_the_thought(tmp_path, tokenizer, capsys):
     ],
 )
 def test_the_gate(text, reward):
-    """Only what stands between the first closing tag and the next counts; a template without the tag has no gate."""
+    """Only what stands between the first closing tag and the next counts.
+
+    A template without the tag has no gate.
+    """
     thinking, plain = (common.Problem("a", "", [], "2", None, thinks) for thinks in (True, False))
     group = [common.Rollout(thinking, [1], text=text), common.Rollout(plain, [1], text="\\boxed{2}")]
     common.score([group])
@@ -165,12 +189,10 @@ def test_the_gate(text, reward):
 
 
 def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path, capsys):
-    """Countdown's own steps: the sentence with the answer is the last one, so that no hint shows it."""
-    (problem, *_) = common.load_problems(
-        str(DATA / "countdown_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True
-    )
-    shown = [tokenizer.decode(problem.expert_ids[:c]) for c in common.episode_cuts(problem, tokenizer, 10, False)]
-    assert shown[1:3] == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"] and len(shown) == 4
+    """Countdown's own steps: the last one has the answer, so that no hint shows it."""
+    problem = sample("countdown", tokenizer)[0]
+    shown = [tokenizer.decode(problem.expert_ids[:c]) for c in bread.episode_cuts(problem, tokenizer, 10, False)]
+    assert shown == ["", "19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
     cuts = uft.hint_cuts(common.episode_ends(problem, tokenizer), "chunk", 5)
     assert tokenizer.decode(problem.expert_ids[: cuts[-1]]) == shown[2]
     lines = GOOD | {"solution": "ab cd\nef \\boxed{2}"}
@@ -195,42 +217,92 @@ def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path, capsys):
 
 
 def test_a_box_in_the_last_line_stays_out_of_the_thought(tmp_path, tokenizer):
+    """The line with the answer comes after the closing tag."""
     row = GOOD | {"solution": "First.\nSo it is \\boxed{2}."}
     (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
     assert tokenizer.decode(problem.expert_ids) == "First.\n</think>\nSo it is \\boxed{2}.<eos>"
 
 
 def test_named_columns(tmp_path, tokenizer):
+    """--columns names what is not recognised; expert is another word for solution."""
     row = {"q": "1+1?", "a": "2", "e": "\\boxed{2}"}
     (problem,) = load(tmp_path, [row], tokenizer, columns="problem=q answer=a expert=e")
     assert problem.text == "1+1?" and problem.answer == "2"
 
 
-def test_parquet_and_gzip(tmp_path, tokenizer):
-    from datasets import Dataset  # noqa: PLC0415
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"target": 2},
+        {"target": 2, "nums": [1, 1]},
+        {"target": 2, "reward_model": {"ground_truth": "3"}},
+        {"target": [], "reward_model": {"ground_truth": "3"}},
+        {"target": [{"role": "assistant", "content": "\\boxed{3}"}]},
+    ],
+)
+def test_a_plain_row_keeps_its_own_fields(others, tmp_path, tokenizer):
+    """Columns of another schema beside problem, answer and solution take none of them away."""
+    (problem,) = load(tmp_path, [GOOD | others], tokenizer)
+    assert (problem.text, problem.answer) == ("1+1?", "2")
+    assert tokenizer.decode(problem.expert_ids) == GOOD["solution"] + "<eos>"
 
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_named_columns_win_over_a_schema(schema, tmp_path, tokenizer):
+    """One field from the user's column, the others still from the recognised schema."""
+    row = SCHEMAS[schema] | {"mine": "</think>My own \\boxed{2}"}
+    options = {"template": "think", "max_prompt_tokens": 900}
+    (problem,) = load(tmp_path, [row], tokenizer, columns="expert=mine", **options)
+    assert tokenizer.decode(problem.expert_ids) == row["mine"] + "<eos>"
+    assert problem.answer == "2" and problem.text == "1+1?"
+    (problem,) = load(tmp_path, [row | {"other": "2+0?"}], tokenizer, columns="problem=other", **options)
+    assert problem.text == "2+0?" and problem.answer == "2"
+    assert tokenizer.decode(problem.expert_ids).startswith("1+1 is")
+    with pytest.raises(SystemExit, match="1 dropped: expert trace that the verifier rejects"):
+        load(tmp_path, [row | {"gold": "3"}], tokenizer, columns="answer=gold", **options)
+
+
+def test_named_columns_win_over_gsm8k_and_countdown(tmp_path, tokenizer):
+    """The user's trace beside `#### n`, the user's answer beside Countdown's numbers."""
+    row = {"question": "1+1?", "answer": "1+1=2\n#### 2", "mine": "Two: \\boxed{2}"}
+    (problem,) = load(tmp_path, [row], tokenizer, columns="expert=mine")
+    assert problem.answer == "2" and tokenizer.decode(problem.expert_ids) == row["mine"] + "<eos>"
+    row = {"question": "1+1?", "gold": "2", "meta": {"target": 5, "nums": [2, 3]}, "solution": "\\boxed{2}"}
+    (problem,) = load(tmp_path, [row], tokenizer, columns="answer=gold")
+    assert problem.answer == "2"
+
+
+def test_parquet_and_gzip(tmp_path, tokenizer):
+    """Both kinds of file hold the same row."""
     Dataset.from_list([GOOD]).to_parquet(str(tmp_path / "rows.parquet"))
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(json.dumps(GOOD) + "\n")
-    found = [common.load_problems(str(tmp_path / f"rows.{kind}"), tokenizer, **LIMITS) for kind in ("parquet", "jsonl.gz")]
+    found = [
+        common.load_problems(str(tmp_path / f"rows.{kind}"), tokenizer, **LIMITS) for kind in ("parquet", "jsonl.gz")
+    ]
     assert found[0][0].text == found[1][0].text == "1+1?"
 
 
 def test_gsm8k_rows(tokenizer, capsys):
-    problems = common.load_problems(str(DATA / "gsm8k_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True)
+    """`#### n` is the answer, and becomes the box of the trace."""
+    problems = sample("gsm8k", tokenizer)
     assert len(problems) == 24 and "24 expert traces had no \\boxed{}" in capsys.readouterr().out
-    assert problems[0].answer == "72" and tokenizer.decode(problems[0].expert_ids).endswith("in April and May.\n\\boxed{72}<eos>")
+    assert problems[0].answer == "72"
+    assert tokenizer.decode(problems[0].expert_ids).endswith("in April and May.\n\\boxed{72}<eos>")
     assert problems[0].expert_ids[-1] == tokenizer.eos_token_id
 
 
 def test_countdown_rows(tokenizer):
-    problems = common.load_problems(str(DATA / "countdown_sample.jsonl"), tokenizer, max_prompt_tokens=2000, require_expert=True)
+    """The answer is a target and numbers; the verifier and the episodes read the traces."""
+    problems = sample("countdown", tokenizer)
     assert len(problems) == 24 and problems[0].answer == {"target": 98, "nums": [44, 19, 35]}
     text = tokenizer.decode(problems[0].expert_ids)
     assert text.endswith("\\boxed{44 + (19 + 35)}<eos>")
-    assert common.verify([text, text.replace("98", "99").replace("35)}", "36)}")], [problems[0].answer] * 2)[0] == [1.0, 0.0]
-    cuts = common.episode_cuts(problems[0], tokenizer, 10, False)
-    assert [tokenizer.decode(problems[0].expert_ids[:c]) for c in cuts[1:3]] == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
+    wrong = text.replace("98", "99").replace("35)}", "36)}")
+    assert common.verify([text, wrong], [problems[0].answer] * 2)[0] == [1.0, 0.0]
+    cuts = bread.episode_cuts(problems[0], tokenizer, 10, False)
+    shown = [tokenizer.decode(problems[0].expert_ids[:c]) for c in cuts[1:]]
+    assert shown == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +318,7 @@ def test_countdown_rows(tokenizer):
     ],
 )
 def test_a_bad_row_is_one_counted_drop(row, reason, tmp_path, tokenizer, capsys):
+    """Each reason is printed with its count and its first place."""
     problems = load(tmp_path, [GOOD, row, GOOD], tokenizer)
     out = capsys.readouterr().out
     assert len(problems) == 2 and "2 of 3 rows kept" in out
@@ -253,6 +326,7 @@ def test_a_bad_row_is_one_counted_drop(row, reason, tmp_path, tokenizer, capsys)
 
 
 def test_repeated_ids_stay_apart(tmp_path, tokenizer):
+    """Rows with the same id get ids of their own."""
     assert len({p.id for p in load(tmp_path, [GOOD | {"id": "a"}] * 3, tokenizer)}) == 3
 
 
@@ -268,12 +342,14 @@ def test_repeated_ids_stay_apart(tmp_path, tokenizer):
     ],
 )
 def test_unusable_data_is_one_sentence(rows, options, sentence, tmp_path, tokenizer):
+    """Data without a usable row, and options that do not fit it."""
     with pytest.raises(SystemExit, match="error: ") as error:
         load(tmp_path, rows, tokenizer, **options)
     assert sentence in str(error.value)
 
 
 def test_broken_json_names_file_and_line(tmp_path, tokenizer):
+    """A line that is no JSON is named by its number."""
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps(GOOD) + "\n{broken\n")
     with pytest.raises(SystemExit, match=r"broken.jsonl:2 is not a JSON object"):
@@ -281,6 +357,8 @@ def test_broken_json_names_file_and_line(tmp_path, tokenizer):
 
 
 def test_one_bos_at_most(tokenizer):
+    """One BOS for a tokenizer that wants one, however the prompt begins."""
+
     class WithBos:
         bos_token_id = 1
 
@@ -288,13 +366,14 @@ def test_one_bos_at_most(tokenizer):
             ids = [1] * add_special_tokens + ([1] if text.startswith("<s>") else []) + [2, 3]
             return type("Encoding", (), {"input_ids": ids})
 
-    assert common.render("hi", WithBos(), "plain")[1] == [1, 2, 3]
-    assert common.render("<s>hi", WithBos(), "plain")[1] == [1, 2, 3]
-    assert common.render("hi", tokenizer, "plain")[1] == tokenizer("hi\n").input_ids
+    assert data.render("hi", WithBos(), "plain")[1] == [1, 2, 3]
+    assert data.render("<s>hi", WithBos(), "plain")[1] == [1, 2, 3]
+    assert data.render("hi", tokenizer, "plain")[1] == tokenizer("hi\n").input_ids
 
 
 def test_qwen_template(tokenizer):
-    text, _ = common.render("1+1?", tokenizer, "qwen_math")
+    """The template of Qwen2.5-Math, character for character."""
+    text, _ = data.render("1+1?", tokenizer, "qwen_math")
     assert text == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
@@ -306,7 +385,10 @@ def test_qwen_template(tokenizer):
     [
         (["--model", "tiny", "--data", "missing.jsonl"], "error: there is no data file missing.jsonl"),
         (["--model", "./missing"], "error: --model ./missing: there is no such folder"),
-        (["--model", "Qwen2.5-1.5B"], "error: --model Qwen2.5-1.5B: no tokenizer could be loaded from Qwen/Qwen2.5-1.5B"),
+        (
+            ["--model", "Qwen2.5-1.5B"],
+            "error: --model Qwen2.5-1.5B: no tokenizer could be loaded from Qwen/Qwen2.5-1.5B",
+        ),
         (["--resume", "runs/missing"], "error: --resume runs/missing: there is no run to resume"),
         pytest.param(
             ["--model", "tiny", "--sampler", "vllm"],
@@ -316,17 +398,19 @@ def test_qwen_template(tokenizer):
     ],
 )
 def test_scripts_end_with_one_sentence(arguments, sentence, tmp_path):
+    """What a user gets wrong ends a run with a sentence, not with a traceback."""
     done = run_script("bread.py", *arguments, "--out", str(tmp_path / "run"), check=False)
     assert done.returncode != 0 and sentence in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_model_without_tokenizer(model_folder, tmp_path):
+    """A folder with weights alone is refused in the same way."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((Path(model_folder("qwen2")) / name).read_bytes())
-    data = str(ROOT / "tests/data/gsm8k_sample.jsonl")
-    done = run_script("sft.py", "--model", str(folder), "--data", data, "--out", str(tmp_path / "run"), check=False)
+    flags = ["--data", str(DATA / "gsm8k_sample.jsonl"), "--out", str(tmp_path / "run")]
+    done = run_script("sft.py", "--model", str(folder), *flags, check=False)
     assert done.returncode != 0 and f"error: --model {folder}: " in done.stderr and "tokenizer" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,38 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, problem, random_model, read_metrics, run_script
+from conftest import ROOT, byte_tokenizer, problem, random_model, read_metrics, run_script
 
 import common
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: the GPU path is not tested on this machine")
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_packed_logprobs_on_cuda(dist):
-    """bf16 varlen attention against fp32 SDPA of each row alone, and gradients in fp32."""
-    policy = common.shard(random_model("qwen2"), dist)
-    rows = [common.Rollout(problem("p" * n), [5] * n + [0]) for n in (1, 9, 30)]
-    batch = common.make_batch(rows, dist)
-    logprobs, _ = common.token_logprobs(policy, batch, 1.0)
-    stock = random_model("qwen2", attention="sdpa")
-    for b, row in enumerate(rows):
-        line = torch.tensor([row.problem.prompt_ids + row.completion_ids])
-        alone = torch.log_softmax(stock(input_ids=line, use_cache=False).logits[0, len(row.problem.prompt_ids) - 1 : -1], -1)
-        wanted = alone.gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0]
-        assert torch.allclose(logprobs[b, : len(wanted)].cpu(), wanted, atol=0.3)
-    logprobs.sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_bread_on_cuda(tmp_path):
-    run_script("bread.py", "--model", "tiny", "--steps", "2", "--problems_per_step", "4", "--out", str(tmp_path / "run"))
-
-
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+CUDA = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not CUDA, reason="NO CUDA DEVICE: the GPU path is not tested on this machine")
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 QWEN_1_5B = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -46,23 +27,47 @@ QWEN_1_5B = {
 }
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_packed_logprobs_on_cuda(world):
+    """bf16 varlen attention against fp32 SDPA of each row alone, and gradients in fp32."""
+    policy = common.shard(random_model("qwen2"), world)
+    rows = [common.Rollout(problem("p" * n), [5] * n + [0]) for n in (1, 9, 30)]
+    batch = common.make_batch(rows, world.device)
+    logprobs, _ = common.token_logprobs(policy, batch, 1.0)
+    stock = random_model("qwen2", attention="sdpa")
+    for b, row in enumerate(rows):
+        line, start = torch.tensor([row.problem.prompt_ids + row.completion_ids]), len(row.problem.prompt_ids)
+        alone = torch.log_softmax(stock(input_ids=line, use_cache=False).logits[0, start - 1 : -1], -1)
+        wanted = alone.gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+        assert torch.allclose(logprobs[b, : len(wanted)].cpu(), wanted, atol=0.3)
+    logprobs.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_bread_on_cuda(tmp_path):
+    """Two steps of the README's first command, with the sampler that auto takes there."""
+    run_script("bread.py", *"--model tiny --steps 2 --problems_per_step 4 --out".split(), str(tmp_path / "run"))
+
+
 def one_online_step(folder: Path, sizes: dict[str, int], vocab: int, tokens: int) -> dict:
-    """GRPO on real problems with random weights of a real architecture; the first line of metrics.jsonl."""
-    config = transformers.Qwen2Config(**sizes, vocab_size=vocab, eos_token_id=0, bos_token_id=None, tie_word_embeddings=True)
+    """GRPO on real problems with random weights of a real architecture: the step's metrics."""
+    special = {"vocab_size": vocab, "eos_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True}
+    config = transformers.Qwen2Config(**sizes, **special)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
-    flags = f"--problems_per_step 8 --group_size 4 --steps 1 --max_completion_tokens {tokens} --sampler hf --checkpoint_activations"
-    data = str(Path(__file__).parent / "data/gsm8k_sample.jsonl")
-    model = str(folder / "model")
-    run_script(
-        "grpo.py", "--model", model, "--data", data, "--test_data", "", *flags.split(), "--out", str(folder / "run"), timeout=550
-    )
+    flags = "--problems_per_step 8 --group_size 4 --steps 1 --sampler hf --checkpoint_activations --test_data=".split()
+    flags += ["--max_completion_tokens", str(tokens), "--data", str(ROOT / "tests/data/gsm8k_sample.jsonl")]
+    run_script("grpo.py", "--model", str(folder / "model"), *flags, "--out", str(folder / "run"), timeout=550)
     return read_metrics(folder / "run", clocks=True)[0]
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_one_online_step_at_1_5b(tmp_path):
+    """A step at the size of Qwen2.5-1.5B fits the card, and sampler and trainer agree in bf16."""
     row = one_online_step(tmp_path, QWEN_1_5B, 151936, 512)
     print({k: v for k, v in row.items() if k.startswith(("seconds", "tokens_per", "peak", "sampler"))})
     assert row["completion_tokens"] > 100 and 0.8 < row["sampler_ratio"] < 1.2
@@ -71,4 +76,4 @@ def test_one_online_step_at_1_5b(tmp_path):
 def test_the_same_step_small(tmp_path):
     """What the test above does, on any machine."""
     row = one_online_step(tmp_path, SMALL, 1000, 40)
-    assert row["completion_tokens"] > 10 and abs(row["sampler_ratio"] - 1) < (0.2 if torch.cuda.is_available() else 1e-3)
+    assert row["completion_tokens"] > 10 and abs(row["sampler_ratio"] - 1) < (0.2 if CUDA else 1e-3)

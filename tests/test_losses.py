@@ -1,123 +1,117 @@
-"""Every loss against a slow scalar loop written from the equation, in value and gradient, on ragged rows and extreme numbers."""
+"""grpo.py and sft.py against scalar loops, value and gradient; common.py's formulas by hand."""
 
+import dataclasses
 import itertools
 import math
 
+import oracles
 import pytest
 import torch
+from oracles import NORMS, agree, change, importance, loss, policy_terms, ragged, rearrange, settings, slope
 
-import bread
 import common
 import grpo
 import sft
 
-LENGTHS, T = [5, 1, 3, 7], 7
+
+@pytest.fixture(autouse=True)
+def double():
+    """Constants in double precision, so that value and gradient can be compared to 1e-9."""
+    with oracles.float64():
+        yield
 
 
-def scalar_grpo(lp, old, adv, imp, ent, ref, mask, norm, low, high, kl_coef, estimator, ent_coef, max_tokens):
-    """Python floats, one token at a time; the derivative of the loss with respect to each log-probability beside it."""
-    total = sum(sum(row) for row in mask)
-    loss, gradient = 0.0, [[0.0] * T for _ in mask]
-    for b, t in itertools.product(range(len(mask)), range(T)):
-        if not mask[b][t]:
-            continue
-        weight = {"token": 1 / total, "sequence": 1 / (len(mask) * sum(mask[b])), "constant": 1 / (len(mask) * max_tokens)}[norm]
-        ratio, a = math.exp(lp[b][t] - old[b][t]), adv[b]
-        bounded = min(max(ratio, 1 - low if low >= 0 else -math.inf), 1 + high if high >= 0 else math.inf)
-        loss -= weight * imp[b][t] * min(ratio * a, bounded * a)
-        if ratio * a <= bounded * a:
-            gradient[b][t] -= weight * imp[b][t] * ratio * a
-        if kl_coef:
-            d = lp[b][t] - ref[b][t]
-            loss += kl_coef * weight * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
-            gradient[b][t] += kl_coef * weight * {"k1": d, "k2": d, "k3": 1 - math.exp(-d)}[estimator]
-        loss -= ent_coef * weight * ent[b][t]
-    return loss, gradient
-
-
-def inputs(kind: str, seed: int = 0):
-    torch.manual_seed(seed)
-    mask = torch.tensor([[t < n for t in range(T)] for n in LENGTHS])
-    lp = -3 * torch.rand(4, T, dtype=torch.float64)
-    old = lp + 0.4 * torch.randn(4, T, dtype=torch.float64)
-    if kind == "extreme":  # p near 0 and near 1
-        lp[:, ::2], lp[:, 1::2] = -30.0, -1e-9
-        old = lp + 0.1
-    adv = {
-        "mixed": torch.tensor([1.2, -0.7, 0.3, -0.8], dtype=torch.float64),
-        "extreme": torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64),
-        "zero": torch.zeros(4, dtype=torch.float64),
-    }[kind]
-    ent, ref = torch.rand(4, T, dtype=torch.float64), lp + 0.3 * torch.randn(4, T, dtype=torch.float64)
-    imp = 0.5 + torch.rand(4, T, dtype=torch.float64)
-    return lp, old, adv, imp, ent, ref, mask
-
-
-@pytest.mark.parametrize("kind", ["mixed", "extreme", "zero"])
-@pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
+# The losses ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows", ["no expert", "mixed"])
+@pytest.mark.parametrize("kind", ["mixed", "extreme", "right"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (-1, -1), (-1, 0.1)])
-@pytest.mark.parametrize(("kl", "estimator", "entropy"), [(0, "k3", 0), (0.3, "k1", 0.1), (0.3, "k2", 0), (0.3, "k3", 0.1)])
-def test_grpo(kind, norm, low, high, kl, estimator, entropy):
-    lp, old, adv, imp, ent, ref, mask = inputs(kind)
-    lp.requires_grad_()
-    tokens, rows = int(mask.sum()), len(mask)
-    loss, metrics = grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, tokens, rows, 10, norm, low, high, kl, estimator, entropy)
-    loss.backward()
-    lists = [x.tolist() for x in (lp, old, adv, imp, ent, ref, mask)]
-    value, gradient = scalar_grpo(*lists, norm, low, high, kl, estimator, entropy, 10)
-    assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-9) and metrics["loss"] == loss
-    assert torch.allclose(lp.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize(
+    ("kl", "estimator", "bonus"), [(0, "k3", 0), (0.3, "k1", 0.1), (0.3, "k2", 0), (0.3, "k3", 0.1)]
+)
+def test_grpo(rows, kind, norm, low, high, kl, estimator, bonus):
+    """Value, gradient and metrics: the policy's tokens alone, over the counts of the whole step."""
+    flags = {"loss_norm": norm, "clip_low": low, "clip_high": high, "kl_coef": kl, "kl_estimator": estimator}
+    c, cfg = ragged(rows, kind), settings(grpo, entropy_coef=bonus, **flags)
+    value, metrics = loss(grpo, c, cfg)
+    agree(c, value, policy_terms(c, cfg))
+    assert metrics["loss"] == value and not any(metric.requires_grad for metric in metrics.values())
+    places = c.tokens(expert=False)
+    wanted = {"entropy": sum(c.entropy[place].item() for place in places), "clip_fraction": 0}
+    for b, t in places:
+        a = c.advantage(b)
+        wanted["clip_fraction"] += a != 0 and oracles.surrogate(c, cfg, b, t, a)[1] == 0
+    if kl:
+        wanted["kl"] = sum(oracles.kl(c, cfg, b, t)[0] for b, t in places)
+    found = {name: metric.item() * c.counts.policy for name, metric in metrics.items() if name != "loss"}
+    assert found == pytest.approx(wanted, rel=1e-9)
 
 
-def test_garbage_outside_the_mask_changes_nothing():
+@pytest.mark.parametrize("cap", [0.0, 0.7, 2.0, 100.0])
+def test_grpo_weighs_by_how_far_the_sampler_is_off(cap):
+    """min(old policy / sampler, cap) before the surrogate alone: neither KL nor entropy has it."""
+    c, cfg = ragged(), settings(grpo, tis_cap=cap, kl_coef=0.3, entropy_coef=0.1, clip_low=-1, clip_high=-1)
+    value, _ = loss(grpo, c, cfg)
+    agree(c, value, policy_terms(c, cfg))
+    others = [slope(loss(grpo, c, settings(grpo, **vars(cfg) | {"tis_cap": other}))[0], c) for other in (0.6, 2.1)]
+    assert all(not torch.allclose(slope(value, c), other) for other in others)
+
+
+@pytest.mark.parametrize("rows", ["no expert", "mixed"])
+def test_garbage_outside_the_mask_changes_nothing(rows):
     """NaN and infinity in masked places: loss and gradient stay finite and the same."""
-    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
-    rest = (int(mask.sum()), 4, 10, "token", 0.2, 0.2, 0.1, "k3", 0.1)
-    results = []
+    c, cfg, results = ragged(rows), settings(grpo, kl_coef=0.1, entropy_coef=0.1), []
+    mask = c.batch.policy_mask
     for junk in (0.0, math.nan, math.inf, -math.inf):
-        bad = [torch.where(mask, x, junk) for x in (lp, old, ref)]
-        bad[0].requires_grad_()
-        loss, _ = grpo.loss_fn(bad[0], bad[1], adv, imp, torch.where(mask, ent, 0.0), bad[2], mask, *rest)
-        loss.backward()
-        results.append((loss.item(), bad[0].grad))
-    for loss, grad in results[1:]:
-        assert loss == results[0][0] and torch.equal(grad, results[0][1])
+        values = {"logprobs": c.logprobs.detach(), "ref_logprobs": c.ref_logprobs}
+        values |= {"old_logprobs": c.batch.old_logprobs, "sampler_logprobs": c.batch.sampler_logprobs}
+        changed = change(c, **{field: torch.where(mask, x, junk) for field, x in values.items()})
+        value, _ = loss(grpo, changed, cfg)
+        results.append((value.item(), slope(value, changed)))
+    for value, gradient in results[1:]:
+        assert value == results[0][0] and torch.equal(gradient, results[0][1])
+    assert math.isfinite(value) and gradient.isfinite().all() and gradient.any()
 
 
-def test_padding_width_and_empty_rows():
-    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
-    rest = (int(mask.sum()), 4, 10, "sequence", 0.2, 0.2, 0.1, "k3", 0.1)
-    loss, _ = grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)
-    wide = [torch.nn.functional.pad(x, (0, 100)) for x in (lp, old, imp, ent, ref, mask)]
-    assert grpo.loss_fn(wide[0], wide[1], adv, *wide[2:], *rest)[0] == pytest.approx(loss.item(), rel=1e-12)
-    nothing, _ = grpo.loss_fn(lp, old, adv, imp, ent, ref, torch.zeros_like(mask), 0, *rest[1:])
-    assert nothing == 0
+@pytest.mark.parametrize("norm", NORMS)
+def test_padding_width_and_empty_rows(norm):
+    """A hundred more columns change nothing; rows without a trained token give exactly 0."""
+    c, cfg = ragged("no expert"), settings(grpo, loss_norm=norm, kl_coef=0.1, entropy_coef=0.1)
+    value, _ = loss(grpo, c, cfg)
+    wide = rearrange(c, [0, 1, 2, 3], 100)
+    assert loss(grpo, wide, cfg)[0].item() == pytest.approx(value.item(), rel=1e-12)
+    nothing = torch.zeros_like(c.batch.policy_mask)
+    for counts in (c.counts, common.Counts(0, 0, 0)):
+        empty = change(c, policy_mask=nothing, completion_mask=nothing, counts=counts)
+        assert loss(grpo, empty, cfg)[0] == 0 and (slope(loss(grpo, empty, cfg)[0], empty) == 0).all()
 
 
-def test_bread_is_grpo_on_the_policy_tokens():
-    lp, old, adv, imp, ent, ref, mask = inputs("mixed")
-    rest = (int(mask.sum()), 4, 10, "token", 0.2, 0.2, 0.1, "k3", 0.1)
-    assert bread.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)[0] == grpo.loss_fn(lp, old, adv, imp, ent, ref, mask, *rest)[0]
-
-
-def test_sft():
-    lp, _, _, _, ent, _, mask = inputs("mixed")
-    lp.requires_grad_()
-    loss, _ = sft.loss_fn(lp, ent, mask, 40)
-    loss.backward()
-    value = -sum(lp[b, t].item() for b in range(4) for t in range(LENGTHS[b])) / 40
-    assert loss.item() == pytest.approx(value, rel=1e-6)
-    assert torch.allclose(lp.grad, -mask.double() / 40)
+@pytest.mark.parametrize("rows", ["only expert", "mixed", "no expert"])
+def test_sft(rows):
+    """One mean over the expert's tokens of the step, of which this micro-batch holds some."""
+    c, cfg = ragged(rows), settings(sft)
+    value, metrics = loss(sft, c, cfg)
+    agree(c, value, oracles.likelihood_terms(c, 1 / max(c.counts.expert, 1)))
+    wanted = sum(c.entropy[place].item() for place in c.tokens(expert=True)) / max(c.counts.expert, 1)
+    assert metrics["loss"] == value and metrics["entropy"].item() == pytest.approx(wanted, rel=1e-9)
+    mask = c.batch.expert_mask
+    for junk in (math.nan, math.inf, -math.inf):
+        bad = change(c, logprobs=torch.where(mask, c.logprobs.detach(), junk))
+        again, _ = loss(sft, bad, cfg)
+        assert again == value and torch.equal(slope(again, bad), slope(value, c))
 
 
 def test_sft_schedule():
+    """Warm-up to the peak at a tenth of the steps, then down to a tenth of it at the last."""
     rate = [sft.learning_rate(step, 100, 1.0, 0.1, 0.1) for step in range(100)]
     assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0 and rate[99] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
     assert sft.learning_rate(0, 1, 1.0, 0.1, 0.1) == 1.0
 
 
+# The formulas -------------------------------------------------------------------------------------
 def test_advantages_by_hand():
+    """Minus the mean, divided by the unbiased std on request; equal rewards or one row give 0."""
     rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 10.0], [0.1] * 4])
     plain = common.group_advantages(rewards, False)
     assert torch.allclose(plain, torch.tensor([[-0.5, 0.5, -0.5, 0.5], [-2.5, -2.5, -2.5, 7.5], [0.0] * 4]))
@@ -128,7 +122,20 @@ def test_advantages_by_hand():
     assert (common.group_advantages(torch.ones(2, 1), True) == 0).all()
 
 
+def test_the_baseline_of_advantages():
+    """It takes the mean's place; the std stays the group's; equal rewards still give 0."""
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0] * 4])
+    found = common.group_advantages(rewards, False, baseline=torch.tensor(0.25))
+    assert torch.equal(found, torch.tensor([[-0.25, 0.75, -0.25, 0.75], [0.0] * 4]))
+    scaled = common.group_advantages(rewards, True, baseline=torch.tensor(0.25))
+    assert scaled[0, 1] == pytest.approx(0.75 / (math.sqrt(1 / 3) + 1e-6), rel=1e-6) and (scaled[1] == 0).all()
+    for flag in (False, True):
+        given = common.group_advantages(rewards[:1], flag, baseline=rewards[:1].mean())
+        assert torch.equal(given, common.group_advantages(rewards[:1], flag))
+
+
 def test_clip_by_hand():
+    """The minimum of both products, and a mark only where the clipped one is below the other."""
     ratio, advantages = torch.tensor([[0.5, 1.0, 1.5], [0.5, 1.0, 1.5]]), torch.tensor([[1.0], [-1.0]])
     surrogate, clipped = common.clipped_surrogate(ratio, advantages, 0.2, 0.3)
     assert torch.allclose(surrogate, torch.tensor([[0.5, 1.0, 1.3], [-0.8, -1.0, -1.5]]))
@@ -137,9 +144,9 @@ def test_clip_by_hand():
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_against_enumeration(estimator):
-    """A three-symbol policy, every outcome weighted by its probability: value and gradient of what each estimator estimates."""
-    logits = torch.tensor([0.2, -0.5, 0.9], dtype=torch.float64, requires_grad=True)
-    reference = torch.log_softmax(torch.tensor([-0.3, 0.4, 0.1], dtype=torch.float64), 0)
+    """A three-symbol policy, every outcome weighted by its probability: what each estimates."""
+    logits = torch.tensor([0.2, -0.5, 0.9], requires_grad=True)
+    reference = torch.log_softmax(torch.tensor([-0.3, 0.4, 0.1]), 0)
     logp = torch.log_softmax(logits, 0)
     probs = logp.detach().exp()
     estimate = (probs * common.kl_divergence(logp, reference, estimator)).sum()
@@ -150,3 +157,63 @@ def test_kl_against_enumeration(estimator):
     assert torch.allclose(gradient, wanted)
     if estimator != "k2":
         assert estimate.item() == pytest.approx(reverse.item())
+
+
+def test_token_weights_by_hand():
+    """Over the step's 10 tokens, 4 rows and at most 5 tokens a row; 0 outside the mask."""
+    mask = torch.tensor([[True, True, False], [False, True, False], [False] * 3])
+    wanted = {"token": [0.1, 0.1], "sequence": [1 / 8, 1 / 4], "constant": [1 / 20, 1 / 20]}
+    for norm, (first, second) in wanted.items():
+        found = common.token_weights(mask, norm, 10, 4, 5)
+        assert torch.allclose(found, torch.tensor([[first, first, 0.0], [0.0, second, 0.0], [0.0] * 3]), rtol=1e-12)
+        assert (common.token_weights(torch.zeros_like(mask), norm, 0, 0, 5) == 0).all()
+
+
+def test_token_mean_by_hand():
+    """Weighted values over the mask / the step's tokens; garbage elsewhere is no part of it."""
+    values, mask = (
+        torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, 8.0]]),
+        torch.tensor([[1, 1, 0], [1, 0, 1]]).bool(),
+    )
+    assert common.token_mean(values, mask, 10) == pytest.approx(1.5)
+    weights = torch.tensor([[2.0, 1.0, 7.0], [0.5, 7.0, 0.0]])
+    assert common.token_mean(values, mask, 10, weights) == pytest.approx(0.6)
+    assert common.token_mean(values, torch.zeros_like(mask), 0) == 0
+    assert common.token_mean(mask, mask, 10) == pytest.approx(0.4)  # of a bool: a share
+
+
+def test_importance_weights_by_hand():
+    """old / sampler up to the cap on policy tokens, 1 on the expert's and at cap 0; constant."""
+    c = ragged()
+    for cap in (1.2, 2.0, 100.0, 0.0):
+        cfg = settings(grpo, tis_cap=cap)
+        found = common.importance_weights(c.batch, c.batch.old_logprobs, cap)
+        wanted = {place: importance(c, cfg, *place) for place in c.tokens()}
+        assert {place: found[place].item() for place in wanted} == pytest.approx(wanted, rel=1e-12)
+        assert (found[c.batch.expert_mask] == 1).all() and (found == 1).all() == (cap == 0)
+    assert not common.importance_weights(c.batch, c.logprobs.detach(), 2.0).requires_grad
+
+
+def test_old_logprobs_row_by_row():
+    """A row that stores some keeps them; one that stores none has the policy's, no gradient."""
+    c = ragged(stored=(True, False, False, True))
+    found = common.old_logprobs(c.batch, c.logprobs)
+    assert torch.equal(found[[1, 2]], c.logprobs.detach()[[1, 2]]) and not found.requires_grad
+    assert torch.equal(found[[0, 3]], ragged().batch.old_logprobs[[0, 3]])
+    assert not torch.equal(found[[0, 3]], c.logprobs.detach()[[0, 3]])
+
+
+# The kit ------------------------------------------------------------------------------------------
+def test_the_kits_batch_is_make_batchs():
+    """Its fields are what make_batch says of the same rollouts, in float64 instead of float32."""
+    for rows in oracles.EXPERT:
+        c = ragged(rows)
+        made = common.make_batch(c.batch.rollouts)
+        for name in (field.name for field in dataclasses.fields(common.Batch)):
+            mine, theirs = getattr(c.batch, name), getattr(made, name)
+            if name == "sampler_logprobs":  # the kit's own
+                assert (mine[~c.batch.policy_mask] == 0).all()
+            elif isinstance(mine, list):
+                assert mine == theirs, name
+            else:
+                assert torch.allclose(mine.double(), theirs.double(), atol=1e-7), name

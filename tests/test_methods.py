@@ -1,22 +1,27 @@
-"""Every method as a whole: the identities between methods over training steps, its own state through a kill, one and two ranks."""
+"""Every method as a whole: identities between methods, its own state through a kill, two ranks."""
 
+import importlib
+import inspect
 import json
 import random
+import re
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, read_metrics, run_script, train
 from safetensors.torch import load_file
 
 import common
+from core.config import flat
+from results.methods import METHODS
 
 sys.path.insert(0, str(ROOT / "tiny"))
 import make  # noqa: E402
 
 ONLINE = ["--group_size", "4"]
-METHODS = {  # flags with which four steps on a few problems meet everything that the method does
+FLAGS = {  # with which four steps on a few problems meet everything that the method does
     "grpo": ONLINE,
+    "sft": [],
     "bread": [*ONLINE, "--trigger", "always"],
     "luffy": ONLINE,
     "srft": ONLINE,
@@ -27,15 +32,19 @@ METHODS = {  # flags with which four steps on a few problems meet everything tha
     "chord": [*ONLINE, "--sft_problems_per_step", "4", "--mu_decay", "4", "--phi"],
     "hpt": ONLINE,
     "trapo": [],
-    "sft": [],
     "iw_sft": ["--q", "ema", "--normalize"],
 }
-OFFLINE = ("sft", "iw_sft")
+OFFLINE = [m.name for m in METHODS if "sft" in (m.name, m.parent)]
+
+
+def test_every_method_is_here():
+    """A method that the table of all methods gains must get its flags above."""
+    assert list(FLAGS) == [method.name for method in METHODS]
 
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
-    """Problems that the bundled model solves sometimes, so that groups are mixed: none to two products."""
+    """Problems that the bundled model solves sometimes, so that groups are mixed: few products."""
     rng, rows = random.Random(0), {}
     while len(rows) < 24:
         problem, solution, answer = make.write_out(*make.chain(rng, len(rows) % 3, 1))
@@ -45,52 +54,58 @@ def easy(tmp_path_factory):
     return path
 
 
-def small(easy, out, *flags):
+def small(data, out, *flags):
+    """Four steps of six problems of the tiny model."""
     base = "--model tiny --test_data= --steps 4 --problems_per_step 6 --lr 1e-3 --save_every 2".split()
-    return [*base, "--data", easy, "--out", out, *flags]
+    return [*base, "--data", data, "--out", out, *flags]
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final/model.safetensors")
+@pytest.fixture(scope="module")
+def run(easy, world, tmp_path_factory):
+    """A function that trains and returns the folder; the same run is made once."""
+    done = {}
+
+    def trained(method, *flags):
+        """Train, or find the folder."""
+        key = (method, *map(str, flags))
+        if key not in done:
+            out = tmp_path_factory.mktemp(method) / "run"
+            train(method, *small(easy, out, *flags))
+            done[key] = out
+        return done[key]
+
+    return trained
 
 
-def assert_equal_weights(a, b, tolerance: float = 0.0) -> None:
-    a, b, start = weights(a), weights(b), load_file(ROOT / "tiny/model.safetensors")
-    assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3  # it has learned something
+def assert_equal_weights(one, two, tolerance: float = 0.0) -> None:
+    """Both have learned something, and the same."""
+    a, b = (load_file(folder / "final/model.safetensors") for folder in (one, two))
+    start = load_file(ROOT / "tiny/model.safetensors")
+    assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3
     assert max((a[k] - b[k]).abs().max() for k in a) <= tolerance
 
 
-ALIKE = "--group_size 4 --updates_per_step 2 --loss_norm token --clip_low 0.2 --clip_high 0.2 --entropy_coef 0.01".split()
-ALIKE += ["--scale_by_std", "--max_completion_tokens", "80"]
-LUFFY = "--entropy_coef 0.01 --group_size 4".split()
+# Identities ---------------------------------------------------------------------------------------
+DOCUMENTED = "luffy srft relift prefix_rft uft bridge chord hpt".split()
+SIZES = "--problems_per_step 6 --group_size 4 --lr 1e-3 --max_completion_tokens 80".split()
+HARD = "--updates_per_step 2 --entropy_coef 0.01".split()  # ratios that are not 1, and a gradient on every token
+ALIKE = [*SIZES, *HARD, *"--loss_norm token --clip_low 0.2 --clip_high 0.2 --scale_by_std".split()]
 SFT = "--warmup 0 --final_lr 1 --weight_decay 0 --max_completion_tokens 80".split()
 IDENTITIES = {
     "bread, one episode": ("bread", ["--num_episodes", 1, *ALIKE], "grpo", ALIKE),
-    "luffy without expert rows": ("luffy", ["--expert_rows", 0, *ALIKE], "grpo", ALIKE),
     "srft without expert rows": (
         "srft",
         ["--expert_rows", 0, "--positive_coef", 1, "--positive_entropy_sign", 0, *ALIKE],
         "grpo",
         ALIKE,
     ),
-    "srft without its weights": (
-        "srft",
-        ["--sft_coef", 0, "--positive_coef", 1, "--positive_entropy_sign", 0, *LUFFY],
-        "luffy",
-        LUFFY,
-    ),
     "relift, infinite buffer": ("relift", ["--buffer_size", 10**9, *ALIKE], "grpo", ALIKE),
-    "relift, no buffer": ("relift", ["--buffer_size", 0, *ALIKE], "grpo", ALIKE),
-    "prefix_rft without prefixes": ("prefix_rft", ["--hybrid_rows", 0, "--dual_clip", 0, *ALIKE], "grpo", ALIKE),
     "uft at p = 0": (
         "uft",
         ["--hint_high", 0, "--hint_low", 0, "--format_reward", 0, "--hint_coef", 7, "--kl_coef", 0, *ALIKE],
         "grpo",
         ALIKE,
     ),
-    "chord at mu = 0": ("chord", ["--mu_peak", 0, "--mu_valley", 0, *ALIKE], "grpo", ALIKE),
-    "hpt without a gate": ("hpt", ["--gate", -1, *ALIKE], "grpo", ALIKE),
-    "bridge at lambda 1": ("bridge", ["--lam", 1, "--lora_rank", 0, *ALIKE], "grpo", ALIKE),
     "bridge at lambda 1, frozen w": ("bridge", ["--lam", 1, "--lora_lr", 0, *ALIKE], "grpo", ALIKE),
     "bridge at lambda 0": (
         "bridge",
@@ -109,25 +124,57 @@ IDENTITIES = {
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
-def test_identity(name, easy, tmp_path, dist):
+def test_identity(name, run):
     """Whole training runs with the same seed: equal parameters, bit for bit."""
     child, child_flags, parent, parent_flags = IDENTITIES[name]
-    train(child, *small(easy, tmp_path / "child", *child_flags))
-    train(parent, *small(easy, tmp_path / "parent", *parent_flags))
-    assert_equal_weights(tmp_path / "child", tmp_path / "parent")
+    assert_equal_weights(run(child, *child_flags), run(parent, *parent_flags))
     if parent != "sft":
-        assert max(row.get("groups_mixed", 0) for row in read_metrics(tmp_path / "parent")) > 0
+        assert max(row.get("groups_mixed", 0) for row in read_metrics(run(parent, *parent_flags))) > 0
 
 
-def test_chord_at_mu_1_is_sft(easy, tmp_path, dist):
+def documented(name: str) -> tuple[str, list[str]]:
+    """The parent and the flags of "It is grpo.py with --a 1 --b 2;" in a method's docstring.
+
+    Where that sentence ends with a colon, the flags are the indented lines below it.
+    """
+    text = inspect.cleandoc(importlib.import_module(name).__doc__)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    (place,) = [i for i, paragraph in enumerate(paragraphs) if "It is " in paragraph]
+    sentence = paragraphs[place].split("It is ")[1]
+    flags = paragraphs[place + 1] if sentence.endswith(":") else re.search(r"--.*?(?=[;.](?: |$))", sentence)[0]
+    return sentence.split(".py")[0], flags.split()
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_flags_of_the_docstring_are_the_defaults_of_the_parent(name, monkeypatch):
+    """With them, every flag that the method shares with its parent has the parent's value."""
+    parent, flags = documented(name)
+    assert parent == next(method.parent for method in METHODS if method.name == name)
+    settings = []
+    for script, given in ((name, flags), (parent, [])):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *given])
+        settings.append(flat(common.parse(importlib.import_module(script).Config)))
+    mine, theirs = settings
+    assert {k: v for k, v in mine.items() if k in theirs} == {k: v for k, v in theirs.items() if k in mine}
+
+
+@pytest.mark.parametrize("extra", [[], HARD], ids=["its own defaults", "two updates"])
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_flags_of_the_docstring_make_it_the_parent(name, extra, run):
+    """Whole training runs of both at the same small sizes: equal parameters, bit for bit."""
+    parent, flags = documented(name)
+    child, parent = run(name, *flags, *SIZES, *extra), run(parent, *SIZES, *extra)
+    assert_equal_weights(child, parent)
+    assert max(row.get("groups_mixed", 0) for row in read_metrics(parent)) > 0
+
+
+def test_chord_at_mu_1_is_sft(run):
     """The policy's rows lie between the expert's in a micro-batch, so only up to rounding."""
     flags = ["--mu_peak", 1, "--mu_valley", 1, "--sft_problems_per_step", 6, "--weight_decay", 0, "--group_size", 2]
-    train("chord", *small(easy, tmp_path / "child", *flags))
-    train("sft", *small(easy, tmp_path / "parent", *SFT, "--seed", 1))
-    assert_equal_weights(tmp_path / "child", tmp_path / "parent", 1e-4)
+    assert_equal_weights(run("chord", *flags), run("sft", *SFT, "--seed", 1), 1e-4)
 
 
-def test_relift_sft_step_is_sft(tmp_path, dist):
+def test_relift_sft_step_is_sft(tmp_path, world):
     """On problems that are never solved, with a buffer of one step's size, ReLIFT is SFT."""
     flags = ["--buffer_size", 6, "--sft_lr", 1e-3, "--sft_entropy_coef", 0, "--entropy_coef", 0, "--group_size", 2]
     data = ROOT / "tiny/train.jsonl"
@@ -138,54 +185,57 @@ def test_relift_sft_step_is_sft(tmp_path, dist):
     assert_equal_weights(tmp_path / "child", tmp_path / "parent")
 
 
+# Kills, ranks, real rows --------------------------------------------------------------------------
 class Killed(Exception):
-    pass
+    """Stands for a kill."""
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("grpo", "bread", "sft")])
-def test_resume_keeps_the_methods_own_state(method, easy, tmp_path, dist, monkeypatch):
-    """Stopped after its third step and resumed from the checkpoint before it: the same lines and weights, bit for bit."""
-    train(method, *small(easy, tmp_path / "straight", *METHODS[method]))
+@pytest.mark.parametrize("method", [m for m in FLAGS if m not in ("grpo", "bread", "sft")])
+def test_resume_keeps_the_methods_own_state(method, easy, tmp_path, run, monkeypatch):
+    """Killed after its third step, resumed from the checkpoint before: same lines, same weights."""
     with monkeypatch.context() as patch:
         write = common.RunLog.step
 
-        def step(log, number, *args, **values):
+        def step(log, number):
+            """RunLog.step, up to the kill."""
             if number == 3:
                 raise Killed
-            write(log, number, *args, **values)
+            write(log, number)
 
         patch.setattr(common.RunLog, "step", step)
         with pytest.raises(Killed):
-            train(method, *small(easy, tmp_path / "killed", *METHODS[method]))
+            train(method, *small(easy, tmp_path / "killed", *FLAGS[method]))
     train(method, "--resume", tmp_path / "killed")
-    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "straight")
-    assert_equal_weights(tmp_path / "killed", tmp_path / "straight")
+    straight = run(method, *FLAGS[method])
+    assert read_metrics(tmp_path / "killed") == read_metrics(straight)
+    assert_equal_weights(tmp_path / "killed", straight)
 
 
-def test_two_ranks(easy, tmp_path, dist):
-    """torchrun on two ranks draws the same problems, samples the same completions and makes the same updates."""
+def test_two_ranks(easy, tmp_path, world):
+    """Two ranks draw the same problems, sample the same completions and make the same updates."""
     gentle = ["--steps", 2, "--lr", 1e-5]  # Adam's first steps turn a rounding of a zero gradient into one of size lr
-    runs = {method: small(easy, tmp_path / method, *flags, *gentle) for method, flags in METHODS.items()}
+    runs = {method: small(easy, tmp_path / method, *flags, *gentle) for method, flags in FLAGS.items()}
     runs["relift"] += ["--sft_lr", 1e-5]
     runs["bridge"] += ["--lora_lr", 1e-5]
     for method, flags in runs.items():
         train(method, *flags, "--out", tmp_path / f"one-{method}")
     (tmp_path / "runs.json").write_text(json.dumps({m: [str(flag) for flag in flags] for m, flags in runs.items()}))
     run_script(str(ROOT / "tests/methods_worker.py"), str(tmp_path / "runs.json"), nproc=2, timeout=280)
-    for method in METHODS:
+    for method in FLAGS:
         one, two = read_metrics(tmp_path / f"one-{method}"), read_metrics(tmp_path / method, exact=False)
-        for a, b in zip(one, two, strict=True):
-            assert a.keys() == b.keys(), method
-            assert {k: v for k, v in a.items() if k != "search_rounds"} == {k: b[k] for k in a if k != "search_rounds"}, method
+        for row in [*one, *two]:
+            row.pop("search_rounds", None)  # rank 0's own
+        assert one == two, method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FLAGS)
 @pytest.mark.parametrize("data", ["gsm8k", "countdown"])
-def test_real_rows(method, data, tmp_path, dist, capsys):
-    """GSM8K and Countdown with the byte-level model: it learns nothing, everything else must be right."""
-    limits = "--model tiny --test_data= --steps 1 --problems_per_step 3 --max_prompt_tokens 600 --max_completion_tokens 700".split()
+def test_real_rows(method, data, tmp_path, world, capsys):
+    """GSM8K and Countdown, byte by byte: nothing is learned, everything else must be right."""
+    flags = "--model tiny --test_data= --steps 1 --problems_per_step 3 --max_prompt_tokens 600".split()
+    flags += ["--max_completion_tokens", 700, "--data", ROOT / f"tests/data/{data}_sample.jsonl"]
     extra = [] if method in (*OFFLINE, "trapo") else ["--group_size", 2]
-    train(method, *limits, "--data", ROOT / f"tests/data/{data}_sample.jsonl", "--out", tmp_path / "run", *extra)
+    train(method, *flags, *extra, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert "of 24 rows kept" in printed and "first prompt: " in printed
     assert ("first expert trace" in printed) == (method != "grpo")

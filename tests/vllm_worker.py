@@ -1,60 +1,77 @@
-"""One check of the vLLM sampler, in processes of its own: `vllm_worker.py tied|untied|parallel|stops|methods FOLDER`."""
+"""One check of the vLLM sampler: `vllm_worker.py tied|untied|parallel|stops|methods FOLDER`."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, problem
+from conftest import byte_tokenizer, problem, read_metrics, train
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import bridge
 import common
+from results.methods import METHODS
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-SIZES |= {"max_position_embeddings": 512, "initializer_range": 0.3, "vocab_size": 257, "bos_token_id": None, "pad_token_id": 0}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,  # head size 32, the smallest of vLLM's attention on a CPU
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "vocab_size": 257,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+LONGER = {"rope_theta": 40000.0, "max_positions": 1024}  # flags for a longer context, which reach the engine too
 
 
-def model(tied: bool, seed: int = 0, attention: str = "packed") -> transformers.PreTrainedModel:
-    """Qwen2, tied, or Llama, untied; head size 32, the smallest of vLLM's attention on a CPU."""
+def model(tied: bool, seed: int = 0, attention: str = "packed", rope_theta: float = 0.0):
+    """Qwen2, tied, or Llama, untied, with random weights."""
     torch.manual_seed(seed)
     kind = transformers.Qwen2Config if tied else transformers.LlamaConfig
-    config = common.stretch(kind(**SIZES, eos_token_id=0, tie_word_embeddings=tied))
+    config = kind(**SIZES, eos_token_id=0, tie_word_embeddings=tied)
+    if rope_theta:
+        config.rope_parameters = config.rope_parameters | {"rope_theta": rope_theta}
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
-def start(folder: Path, tied: bool, dist: common.Dist, tensor_parallel: int = 1, eos: int | list[int] = 0) -> common.Sampler:
-    if dist.rank == 0:
+def start(
+    folder: Path, tied: bool, world: common.World, tensor_parallel: int = 1, eos: int | list[int] = 0
+) -> tuple[common.RunConfig, common.Sampler]:
+    """A saved model, as a run would name it, and the engine on it."""
+    if world.rank == 0:
         saved = model(tied)
         saved.generation_config.eos_token_id = eos
         saved.save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")
     torch.distributed.barrier()
-    if not tied:  # the flags for a longer context reach the engine too
-        common.CONTEXT.update(rope_theta=40000.0, max_positions=1024)
-    return common.load_sampler("vllm", str(folder / "model"), byte_tokenizer(), dist, 400, 0.3, tensor_parallel)
+    engine = {"sampler": "vllm", "sampler_memory": 0.3, "tensor_parallel": tensor_parallel, "max_prompt_tokens": 200}
+    run = common.RunConfig(model=str(folder / "model"), **engine, **({} if tied else LONGER))
+    return run, common.load_sampler(run, byte_tokenizer(), world, 200)
 
 
-def questions(dist: common.Dist, n: int = 5, length: int = 150) -> list[common.Problem]:
-    """Different on each rank; long enough to fill a block of the prefix cache (128 tokens on a CPU)."""
-    return [problem("q" * (length + i) + "abc"[i % 3], id=f"{dist.rank}-{i}") for i in range(n + dist.rank)]
+def questions(world: common.World, n: int = 5, length: int = 150) -> list[common.Problem]:
+    """Different on each rank; long enough to fill a block of the prefix cache, 128 tokens."""
+    return [problem("q" * (length + i) + "abc"[i % 3], id=f"{world.rank}-{i}") for i in range(n + world.rank)]
 
 
-def gap(policy: common.Policy, groups: list[list[common.Rollout]], temperature: float, dist: common.Dist) -> float:
+def gap(policy: common.Policy, groups: list[list[common.Rollout]], temperature: float, world: common.World) -> float:
     """Largest difference between trainer and engine on the policy's tokens, over ranks."""
-    batch = common.make_batch([r for group in groups for r in group], dist)
+    batch = common.make_batch([r for group in groups for r in group], world.device)
     with torch.no_grad():
         logprobs, _ = common.token_logprobs(policy, batch, temperature)
-    written = batch.completion_mask & ~batch.expert_mask
-    return max(common.gather([(logprobs - batch.sampler_logprobs)[written].abs().max().item()], dist))
+    return max(common.gather([(logprobs - batch.sampler_logprobs)[batch.policy_mask].abs().max().item()], world))
 
 
 def greedy_agreement(policy: common.Policy, sampler: common.Sampler, asked: list[common.Problem]) -> float:
     """Share of greedy completions that are the argmax of the policy's stock forward."""
-    whole = model("lm_head.weight" not in dict(common.named_weights(policy)), attention="sdpa")
-    whole.load_state_dict(dict(common.named_weights(policy)), strict=False)
+    weights, rope = dict(common.named_weights(policy)), policy.model.config.rope_parameters["rope_theta"]
+    whole = model("lm_head.weight" not in weights, attention="sdpa", rope_theta=rope)
+    whole.load_state_dict(weights, strict=False)
     right = 0
     for (rollout,) in sampler.generate(asked, None, 1, 12, 0.0, (0,)):
         ids = torch.tensor([rollout.problem.prompt_ids + rollout.completion_ids])
@@ -74,6 +91,7 @@ def perturb(policy: common.Policy, scale: float) -> None:
 
 
 def refusal(function, *args) -> str:
+    """The message of the error, or that there was none."""
     try:
         function(*args)
     except (RuntimeError, ValueError) as error:
@@ -81,10 +99,11 @@ def refusal(function, *args) -> str:
     return "accepted"
 
 
-def engine(tied: bool, folder: Path, dist: common.Dist) -> dict:
-    sampler, found = start(folder, tied, dist), {}
-    policy = common.load_policy(str(folder / "model"), dist)
-    asked, prefixes = questions(dist), [[], [5, 6], [7] * 9, [], [8], [9] * 3][: 5 + dist.rank]
+def engine(tied: bool, folder: Path, world: common.World) -> dict:
+    """Log-probabilities, greedy tokens, syncs, seeds and refusals of one engine."""
+    (run, sampler), found = start(folder, tied, world), {}
+    policy, llm = common.load_policy(run, world), sampler.engine.engine
+    asked, prefixes = questions(world), [[], [5, 6], [7] * 9, [], [8], [9] * 3][: 5 + world.rank]
 
     def ids(*args):
         return [[r.completion_ids for r in group] for group in sampler.generate(*args)]
@@ -92,20 +111,22 @@ def engine(tied: bool, folder: Path, dist: common.Dist) -> dict:
     def sample():
         return sampler.generate(asked, prefixes, 3, 24, 0.7, (0, 0, 0))
 
-    found["gap"], found["greedy_agreement"] = [gap(policy, sample(), 0.7, dist)], [greedy_agreement(policy, sampler, asked)]
+    found["gap"] = [gap(policy, sample(), 0.7, world)]
+    found["greedy_agreement"] = [greedy_agreement(policy, sampler, asked)]
     for _ in range(3):
         perturb(policy, 0.05)
-        found["stale_gap"] = gap(policy, sample(), 0.7, dist)
+        found["stale_gap"] = gap(policy, sample(), 0.7, world)
         sampler.sleep()
         sampler.sync(policy)
-        found["gap"].append(gap(policy, sample(), 0.7, dist))
+        found["gap"].append(gap(policy, sample(), 0.7, world))
         found["greedy_agreement"].append(greedy_agreement(policy, sampler, asked))
-    reset, sampler.engine.reset_prefix_cache = sampler.engine.reset_prefix_cache, lambda: True
+    reset, llm.reset_prefix_cache = llm.reset_prefix_cache, lambda: True
     perturb(policy, 0.05)
     sampler.sync(policy)
-    found["stale_cache_gap"] = gap(policy, sample(), 0.7, dist)
-    sampler.engine.reset_prefix_cache = reset
-    sampler.sync(policy)
+    found["stale_cache_gap"] = gap(policy, sample(), 0.7, world)
+    llm.reset_prefix_cache = reset
+    sampler.sync(policy)  # without a sleep before it, which drops the cache too
+    found["gap"].append(gap(policy, sample(), 0.7, world))
 
     together = ids(asked, None, 4, 12, 1.0, (0, 3, 0))
     found["same_seed"] = together == ids(asked, None, 4, 12, 1.0, (0, 3, 0))
@@ -124,63 +145,65 @@ def engine(tied: bool, folder: Path, dist: common.Dist) -> dict:
     return found
 
 
-def parallel(folder: Path, dist: common.Dist) -> dict:
+def parallel(folder: Path, world: common.World) -> dict:
     """Rank 1 asks twice, rank 0 once; then both sleep and sync."""
-    sampler = start(folder, True, dist, 2)
-    policy = common.load_policy(str(folder / "model"), dist)
+    run, sampler = start(folder, True, world, 2)
+    policy = common.load_policy(run, world)
     perturb(policy, 0.05)
     sampler.sync(policy)
     gaps, made = [], []
     for _ in range(2):
-        groups = sampler.generate(questions(dist), None, 3, 20, 1.0, (0,))
-        if dist.rank:
-            groups += sampler.generate(questions(dist, 2, 20), None, 3, 20, 1.0, (1,))
+        groups = sampler.generate(questions(world), None, 3, 20, 1.0, (0,))
+        if world.rank:
+            groups += sampler.generate(questions(world, 2, 20), None, 3, 20, 1.0, (1,))
         sampler.sleep()
-        gaps.append(gap(policy, groups, 1.0, dist))
+        gaps.append(gap(policy, groups, 1.0, world))
         made.append([[r.completion_ids for r in group] for group in groups])
         sampler.sync(policy)
-    return {"gap": gaps, "same": all(common.gather([made[0] == made[1]], dist))}
+    return {"gap": gaps, "same": all(common.gather([made[0] == made[1]], world))}
 
 
-def stops(folder: Path, dist: common.Dist) -> dict:
-    sampler = start(folder, True, dist, eos=[0, 5])
-    rows = [r for group in sampler.generate(questions(dist, 40, 10), None, 8, 200, 1.0, (0,)) for r in group]
-    assert all(r.finished == (r.completion_ids[-1] in (0, 5)) and not {0, 5} & set(r.completion_ids[:-1]) for r in rows)
+def stops(folder: Path, world: common.World) -> dict:
+    """Two EOS ids, and the merged weights of BRIDGE's adapter."""
+    _, sampler = start(folder, True, world, eos=[0, 5])
+    rows = [r for group in sampler.generate(questions(world, 40, 10), None, 8, 200, 1.0, (0,)) for r in group]
+    assert all(r.finished == (r.completion_ids[-1] in (0, 5)) for r in rows)
+    assert not any({0, 5} & set(r.completion_ids[:-1]) for r in rows)
     adapted = bridge.add_adapter(model(True), 4, 8.0, 0)
     for name, parameter in adapted.named_parameters():
         if name.endswith("lora_b"):
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    policy = common.shard(adapted, dist)
+    policy = common.shard(adapted, world)
     sampler.sync(bridge.merged_weights(policy))
-    groups, plain = sampler.generate(questions(dist), None, 3, 20, 1.0, (0,)), common.shard(model(True), dist)
+    groups, plain = sampler.generate(questions(world), None, 3, 20, 1.0, (0,)), common.shard(model(True), world)
     return {
         "stopped_by": sorted({r.completion_ids[-1] for r in rows if r.finished}),
-        "adapter_gap": gap(policy, groups, 1.0, dist),
-        "without_adapter_gap": gap(plain, groups, 1.0, dist),
+        "adapter_gap": gap(policy, groups, 1.0, world),
+        "without_adapter_gap": gap(plain, groups, 1.0, world),
     }
 
 
-def methods(folder: Path, dist: common.Dist) -> dict:
-    """Two steps of every other online method, one after the other on one engine: its start would take most of the time."""
-    sampler = common.load_sampler("vllm", "tiny", common.load_tokenizer("tiny"), dist, 400, 0.3, 1)
-    found, common.load_sampler, end, common.shutdown = {}, lambda *args: sampler, common.shutdown, lambda: None
-    for method in "grpo luffy srft relift prefix_rft uft bridge chord hpt trapo".split():
-        sys.argv = [f"{method}.py", "--model", "tiny", "--steps", "2", "--problems_per_step", "4", "--out", str(folder / method)]
-        module = importlib.import_module(method)
-        module.main(common.parse(module.Config))
-        found[method] = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
-    common.shutdown = end
+def methods(folder: Path, world: common.World) -> dict:
+    """Two steps of each online method but bread on one engine: its start takes most of the time."""
+    run = common.RunConfig(model="tiny", sampler="vllm", sampler_memory=0.3, max_prompt_tokens=200)
+    sampler = common.load_sampler(run, common.load_tokenizer("tiny"), world, 200)
+    found, flags = {}, "--model tiny --steps 2 --problems_per_step 4".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_sampler", lambda *args: sampler)
+        for method in (m.name for m in METHODS if m.name != "bread" and "sft" not in (m.name, m.parent)):
+            train(method, *flags, "--out", folder / method)
+            found[method] = read_metrics(folder / method)
     return found
 
 
 def main() -> None:
-    check, folder, dist = sys.argv[1], Path(sys.argv[2]), common.init(0)
-    found = (
-        engine(check == "tied", folder, dist)
-        if check.endswith("tied")
-        else {"parallel": parallel, "stops": stops, "methods": methods}[check](folder, dist)
-    )
-    if dist.rank == 0:
+    """The findings of a check, as JSON in the folder."""
+    check, folder, world = sys.argv[1], Path(sys.argv[2]), common.init(0)
+    if check in ("tied", "untied"):
+        found = engine(check == "tied", folder, world)
+    else:
+        found = {"parallel": parallel, "stops": stops, "methods": methods}[check](folder, world)
+    if world.rank == 0:
         (folder / f"{check}.json").write_text(json.dumps(found))
     common.shutdown()
 

@@ -1,7 +1,7 @@
-"""Make the bundled world again: tokenizer, problems and base model, all from one seed. See README.md beside this file.
+"""Make the bundled world again, from one seed: tokenizer, problems, base model. See README.md.
 
 python tiny/make.py                    all files, about two minutes on one core
-python tiny/make.py --leap 2           only train_leap2.jsonl: expert traces with two steps fused into one line
+python tiny/make.py --leap 2           only train_leap2.jsonl: traces with two steps in one line
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHORT_UPDATES = 500  # the first updates see chains of one or two steps, mostly 
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte level without merges: any text can be fed. `\\boxed{` is one token, so that the answer's place is one decision."""
+    """Byte level without merges: any text can be fed. `\\boxed{` is one token, one decision."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,14 +37,16 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def chain(rng: random.Random, multiplications: int, additions: int) -> tuple[int, list[tuple[str, int]]]:
-    """A first digit and shuffled steps. Multiplying by 3 or 7 loses nothing modulo 10; sums use 1 to 3."""
+    """A digit and shuffled steps: products by 3 or 7, reversible modulo 10; sums of 1 to 3."""
     operators = ["*"] * multiplications + [rng.choice("+-") for _ in range(additions)]
     rng.shuffle(operators)
     return rng.randrange(10), [(o, rng.choice((3, 7)) if o == "*" else rng.randrange(1, 4)) for o in operators]
 
 
-def write_out(start: int, steps: list[tuple[str, int]], noise: random.Random | None = None, leap: int = 1) -> tuple[str, str, str]:
-    """(problem, solution, answer). With noise a product is a random digit, with leap only every leap-th step is written down."""
+def write_out(
+    start: int, steps: list[tuple[str, int]], noise: random.Random | None = None, leap: int = 1
+) -> tuple[str, str, str]:
+    """(problem, solution, answer). noise: random products; leap: write every leap-th step."""
     value, totals, lines, shown = start, [], [], str(start)
     for i, (operator, operand) in enumerate(steps):
         if operator == "*" and noise:
@@ -72,9 +74,15 @@ def make_problems(leap: int) -> dict[str, list[dict]]:
         while len(rows) < count:
             multiplications = kinds[len(rows) % len(kinds)]
             problem, solution, answer = write_out(*chain(rng, multiplications, rng.choice(ADD_STEPS)), leap=leap)
-            if problem not in seen and not set(answer) & {"0", "5"}:  # both survive every product: "always 5" would be right
+            # 0 and 5 survive every product: "always 5" would be right
+            if problem not in seen and not set(answer) & {"0", "5"}:
                 seen.add(problem)
-                row = {"id": f"tiny/{split}/{len(rows):03d}", "problem": problem, "answer": answer, "solution": solution}
+                row = {
+                    "id": f"tiny/{split}/{len(rows):03d}",
+                    "problem": problem,
+                    "answer": answer,
+                    "solution": solution,
+                }
                 rows.append({**row, "meta": {"multiplications": multiplications}})
     return splits
 
@@ -84,7 +92,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
-    """A model that writes well-formed chains, adds and subtracts right, and guesses every product."""
+    """A model that writes well-formed chains, adds and subtracts right, guesses every product."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     config = transformers.Qwen2Config(
@@ -114,9 +122,13 @@ def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.
             rows.append([*tokenizer(problem + "\n" + solution).input_ids, tokenizer.eos_token_id])
         width = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        labels = torch.tensor([[-100] * p + row[p:] + [-100] * (width - len(row)) for p, row in zip(prompts, rows, strict=True)])
+        labels = torch.tensor(
+            [[-100] * p + row[p:] + [-100] * (width - len(row)) for p, row in zip(prompts, rows, strict=True)]
+        )
         for group in optimizer.param_groups:
-            group["lr"] = BASE_LR * min(1, (update + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * update / BASE_UPDATES))
+            group["lr"] = (
+                BASE_LR * min(1, (update + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * update / BASE_UPDATES))
+            )
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

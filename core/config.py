@@ -1,0 +1,100 @@
+"""The command line: the flags that all training scripts share, and where defaults come from."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from core.processes import ROOT, fail, print0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of every method: the field `run` of its Config; no prefix on the command line."""
+
+    # data
+    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or tiny (bundled)
+    data: str = "Elliott/Openr1-Math-46k-8192"  # hub name, .jsonl, .jsonl.gz or .parquet
+    test_data: str = "HuggingFaceH4/MATH-500"  # the same; empty: no evaluation
+    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
+    max_prompt_tokens: int = 1024  # longer prompts are dropped at load
+    seed: int = 0  # of the order of problems and of everything sampled
+    # sampler
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM if installed and on a GPU
+    sampler_memory: float = 0.4  # share of the GPU for vLLM
+    tensor_parallel: int = 1  # ranks that share a vLLM engine
+    # model and memory
+    rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
+    max_positions: int = 0  # window of the model; 0: its own
+    tokens_per_microbatch: int = 16384  # prompt + completion tokens in one forward; never changes the gradient
+    checkpoint_activations: bool = False  # recompute layers in the backward: less memory, a third more time
+    # optimizer
+    weight_decay: float = 0.01  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient summed over ranks; 0: off
+    # bookkeeping
+    out: str = ""  # the run's folder; empty: runs/<method>-<model>-<time>
+    resume: str = ""  # a run's folder to continue, with its own flags
+    eval_every: int = 10  # steps
+    eval_samples: int = 1  # per test problem
+    save_every: int = 50  # steps
+    keep: int = 2  # checkpoints
+    wandb: bool = False  # log there too
+
+
+def resolve_model(name: str) -> str:
+    """tiny: the bundled folder. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
+    if name == "tiny":
+        return str(ROOT / "tiny")
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
+        fail(f"--model {name}: there is no such folder")
+    return f"Qwen/{name}" if name.startswith("Qwen") and "/" not in name else name
+
+
+def flat(cfg: object) -> dict[str, object]:
+    """All flags of a Config under their names on the command line."""
+    flags = dataclasses.asdict(cfg)
+    return flags | flags.pop("run", {})
+
+
+def parse(config: type) -> object:
+    """The command line as a Config. Defaults are the Config's, then those of the model folder's
+    settings.json (its paths are relative to it), or of the run to resume. Explicit flags win.
+    """
+    options = {"description": sys.modules[config.__module__].__doc__, "config": (tyro.conf.OmitArgPrefixes,)}
+    flags = flat(tyro.cli(config, **options))
+    if flags.get("resume"):
+        path = Path(flags["resume"]) / "config.json"
+        if not path.is_file():
+            fail(f"--resume {flags['resume']}: there is no run to resume, {path} is missing")
+        taken = json.loads(path.read_text())["flags"] | {"out": flags["resume"], "resume": flags["resume"]}
+    else:
+        path = Path(resolve_model(flags["model"])) / "settings.json"
+        taken = read_settings(path, Path(sys.argv[0]).stem)
+    taken = {k: tuple(v) if isinstance(v, list) else v for k, v in taken.items() if k in flags}
+    cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
+    used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}
+    if used and not flags.get("resume"):
+        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v}" for k, v in used.items()))
+    return cfg
+
+
+def with_flags(cfg: object, flags: dict[str, object]) -> object:
+    """A copy of a Config with some flags changed, wherever they live."""
+    own = {k: v for k, v in flags.items() if hasattr(cfg, k)}
+    if len(own) < len(flags):
+        own["run"] = dataclasses.replace(cfg.run, **{k: v for k, v in flags.items() if k not in own})
+    return dataclasses.replace(cfg, **own)
+
+
+def read_settings(path: Path, script: str) -> dict[str, object]:
+    """A model folder's settings.json; the section of the script's name wins; empty without one."""
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings |= settings.pop(script, {})
+    return settings | {k: str(path.parent / settings[k]) for k in ("data", "test_data") if k in settings}

@@ -1,0 +1,352 @@
+"""Problems: rows of a file or hub data set, recognised, rendered, tokenised and checked at load."""
+
+import gzip
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+
+from core.model import Tokenizer
+from core.processes import fail, first_line, print0
+from core.verifier import answer_part, boxed, golds_parse, last_box, verify
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. expert_ids ends with EOS; a Countdown answer is {"target", "nums"}."""
+
+    id: str
+    text: str
+    prompt_ids: list[int]
+    answer: str | dict
+    expert_ids: list[int] | None
+    thinks: bool = False  # the prompt ends with an open <think>: only what follows </think> is the answer
+    step_ends: tuple[int, ...] = ()  # expert tokens up to the end of each step, where the data set has steps
+
+
+# Rows ---------------------------------------------------------------------------------------------
+def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
+    """(where, row) of a .jsonl, .jsonl.gz or .parquet file or of a hub data set."""
+    path = Path(name)
+    if path.suffix == ".parquet" and path.is_file():
+        rows = datasets.Dataset.from_parquet(name)
+    elif path.is_file():
+        rows = read_json_lines(path)
+    else:
+        rows = read_hub(name, split)
+    return [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl or .jsonl.gz file. Any other line ends the run with its number."""
+    rows = []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for i, line in enumerate(file):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                fail(f"{path}:{i + 1} is not a JSON object ({error.msg})")
+            if not isinstance(row, dict):
+                fail(f"{path}:{i + 1} is not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def read_hub(name: str, split: str) -> datasets.Dataset:
+    """A split, else the first one, of the hub's owner/name or owner/name:configuration."""
+    hub_name, _, part = name.partition(":")
+    file_like = name.endswith((".jsonl", ".gz", ".parquet", ".json")) or name.startswith((".", "/", "~"))
+    if file_like or hub_name.count("/") != 1:
+        fail(f"there is no data file {name}")
+    try:
+        parts = datasets.load_dataset(hub_name, part or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        fail(f"{name} is neither a file nor a data set that the hub gives ({first_line(error)})")
+    chosen = split if split in parts else next(iter(parts))
+    if chosen != split:
+        print0(f"data {name}: there is no split {split}; {chosen} is taken")
+    return parts[chosen]
+
+
+# Columns ------------------------------------------------------------------------------------------
+
+FIELDS = {  # what a problem needs: the column names under which it is found
+    "problem": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer"),
+    "solution": ("solution", "response", "expert"),
+}
+
+
+def right_generation(generations: list[str], verdicts: list[bool] = ()) -> dict:
+    """OpenR1: the first generation found right; else empty, so that no column replaces it."""
+    return {"solution": next((text for text, right in zip(generations, verdicts, strict=False) if right), "")}
+
+
+def thought(solution: str, thinking: str | list[str], attempt: str) -> dict:
+    """s1K: the answer is the solution's box, or all of it; the trace is thought and attempt."""
+    answer = last_box(solution) or solution.strip()
+    return {"answer": answer, "solution": f"<think>\n{''.join(thinking)}\n</think>\n\n{attempt}"}
+
+
+def conversation(messages: list[dict]) -> dict:
+    """A chat: what comes before the answer of the assistant, and that answer."""
+    said = [m["content"] for m in messages if m["role"] == "assistant"]
+    return {"problem": [m for m in messages if m["role"] != "assistant"], "solution": said[0] if said else None}
+
+
+def first_message(target: object, reward_model: object) -> dict:
+    """LUFFY: the trace is the first of the target's messages."""
+    return {"solution": target[0]["content"] if isinstance(target, list) and target else None}
+
+
+SCHEMAS = [  # columns that tell a schema, none of them empty, and what makes fields of them; the first that fits
+    (("generations", "correctness_math_verify"), right_generation),  # OpenR1
+    (("generations", "correctness_llama"), right_generation),
+    (("generations",), right_generation),
+    (("solution", "deepseek_thinking_trajectory", "deepseek_attempt"), thought),  # s1K-1.1
+    (("solution", "thinking_trajectories", "attempt"), thought),  # s1K
+    (("messages",), conversation),
+    (("target", "reward_model"), first_message),  # LUFFY
+]
+
+
+def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
+    """problem, answer and solution of a row, as far as it has them, in any recognised schema.
+
+    `names` maps a field to the user's own column and wins over every schema.
+    """
+    found = {field: next((row[c] for c in known if row.get(c) is not None), None) for field, known in FIELDS.items()}
+    columns, read = next((schema for schema in SCHEMAS if all(row.get(c) for c in schema[0])), ((), dict))
+    found |= {field: value for field, value in read(*(row[c] for c in columns)).items() if value is not None}
+    found |= {field: row.get(column) for field, column in names.items()}
+    if isinstance(row.get("reward_model"), dict) and found["answer"] is None:  # verl
+        found["answer"] = row["reward_model"].get("ground_truth")
+    meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
+    if {"target", "nums"} <= set(meta) and "answer" not in names:  # Countdown
+        found["answer"] = {"target": meta["target"], "nums": meta["nums"]}
+    found = plain_answer(found, "solution" in names)
+    return {field: value for field, value in found.items() if value not in (None, "", [])}
+
+
+def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, object]:
+    """The answer as a string: out of `#### n`, of the solution's box, of a list of one."""
+    answer, solution = found["answer"], found["solution"]
+    if "####" in str(answer):  # GSM8K as its authors ship it
+        solution = solution if solution_named else answer
+        answer = str(answer).split("####")[-1].strip().replace(",", "")
+    if answer is None and isinstance(solution, str):  # MATH
+        answer = last_box(solution)
+    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
+        answer = answer[0]
+    answer = answer if answer is None or isinstance(answer, (str, dict)) else str(answer)
+    return found | {"answer": answer, "solution": solution}
+
+
+# Prompts ------------------------------------------------------------------------------------------
+
+BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+THINK_REQUEST = (
+    "Reason step by step before you answer. Write the reasoning between <think> and </think>, where you may explore, "
+    "verify and correct yourself, and after it the solution, with the final answer within \\boxed{}."
+)
+CHATML = (
+    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n{opening}"
+)
+TEMPLATES = {  # chat is the tokenizer's own; think is chat, else this, and ends with an open <think>
+    "plain": "{problem}\n",
+    "qwen_math": CHATML.format(system=BOX_REQUEST.strip().replace("{}", "{{}}"), opening=""),
+    "think": CHATML.format(system=THINK_REQUEST.replace("{}", "{{}}"), opening="<think>\n"),
+}
+
+
+def choose_template(template: str, tokenizer: Tokenizer) -> str:
+    """What auto means for a tokenizer. An unknown or missing template ends the run."""
+    if template == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    if template != "chat" and template not in TEMPLATES:
+        fail(f"--template {template} is not one of chat, {', '.join(TEMPLATES)}")
+    if template == "chat" and not tokenizer.chat_template:
+        fail("--template chat: this tokenizer has no chat template")
+    return template
+
+
+def question_text(problem: str | list[dict]) -> str:
+    """The question itself, of a string or of a conversation that ends with it."""
+    return problem if isinstance(problem, str) else problem[-1]["content"]
+
+
+def render(problem: str | list[dict], tokenizer: Tokenizer, template: str) -> tuple[str, list[int]]:
+    """A question's prompt as text and ids, with exactly one BOS where the tokenizer wants one."""
+    if template == "chat" or (template == "think" and tokenizer.chat_template):
+        messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem + BOX_REQUEST}]
+        if template == "think" and not isinstance(problem, list):
+            messages = [{"role": "system", "content": THINK_REQUEST}, {"role": "user", "content": problem}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if template == "think" and not text.rstrip().endswith("<think>"):
+            text += "<think>\n"
+    else:
+        text = TEMPLATES[template].format(problem=question_text(problem))
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    default = tokenizer("a").input_ids
+    if tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id] and ids[:1] != default[:1]:
+        ids = [tokenizer.bos_token_id, *ids]
+    return text, ids
+
+
+# Traces -------------------------------------------------------------------------------------------
+def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
+    """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets
+    it as its last line.
+
+    After an open <think> the tag is not repeated; a trace that never closes it is the thought, but
+    for a last line with the box.
+    """
+    if thinks:
+        solution = solution.removeprefix("<think>").lstrip("\n")
+    if boxed(answer_part(solution, thinks)):
+        return solution
+    body, _, last = solution.rstrip().rpartition("\n")
+    if thinks and "</think>" not in solution and body and boxed(last) and not boxed(body):
+        return f"{body}\n</think>\n{last}"  # the thought must not hold the answer: prefixes of it are shown
+    final = row.get("answer", "") if isinstance(answer, dict) else answer
+    body = solution.split("####")[0].rstrip()
+    closing = "\n</think>" if thinks and "</think>" not in solution else ""
+    return f"{body}{closing}\n\\boxed{{{final}}}"
+
+
+def steps_of(row: dict) -> list[str]:
+    """The steps of a trace where the data set names them, in `steps` or `meta.steps`."""
+    steps = row.get("steps") or (row["meta"] if isinstance(row.get("meta"), dict) else {}).get("steps")
+    return steps if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else []
+
+
+def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Tokens up to the end of each step of a trace; () where the steps do not follow each other.
+
+    White space between two steps belongs to the first. The last step takes all the rest, the
+    answer's box and EOS included; a step that ends inside a token ends after it.
+    """
+    starts, place = [], 0
+    for step in filter(str.strip, steps):
+        at = solution.find(step.strip(), place)
+        if at < 0 or solution[place:at].strip():
+            return ()
+        starts.append(at)
+        place = at + len(step.strip())
+    ends = {sum(begin < start for begin, _ in offsets) for start in starts[1:]}
+    return (*sorted(ends), len(offsets) + 1) if ends else ()
+
+
+def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """[..., len(expert_ids)]: tokens up to the end of each step of the data set, else of each line.
+
+    Sentences take the place of fewer than two lines; blank lines belong to the line before them.
+    """
+    if problem.step_ends:
+        return list(problem.step_ends)
+    texts = [tokenizer.decode([token]) for token in problem.expert_ids]
+    ends: list[int] = []
+    for mark in ("\n", ".!?\n"):
+        if len(ends) < 2:
+            stops = [text.rstrip(" ")[-1:] for text in texts]
+            ends = [i + 1 for i, s in enumerate(stops[:-1]) if s and s in mark and texts[i + 1].strip(" ") != "\n"]
+            ends = [*ends, len(texts)]
+    return ends
+
+
+def regroup(ends: list[int], pieces: int) -> list[int]:
+    """n ends -> [0, ..., ends[-1]], the ends of m = min(pieces, n) pieces: cut i is round(i n / m).
+
+    Liu et al. 2025, UFT (2505.16984), official rl_dataset.py. Without an end only the cut 0.
+    """
+    kept = min(pieces, len(ends))
+    return [0, *(ends[round(i * len(ends) / kept) - 1] for i in range(1, kept + 1))]
+
+
+# Loading ------------------------------------------------------------------------------------------
+def load_problems(
+    name: str,
+    tokenizer: Tokenizer,
+    template: str = "auto",  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    columns: str = "",  # "problem=... answer=... expert=..."
+    max_prompt_tokens: int = 1024,
+    max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
+    require_expert: bool = False,  # rows without a usable expert trace are dropped; else traces are not read
+    split: str = "train",
+) -> list[Problem]:
+    """Read, render and check a data set. A row is kept, or counted with the reason it is not."""
+    template, rows = choose_template(template, tokenizer), read_rows(name, split)
+    names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split())
+    for column in names.values():
+        if rows and column not in rows[0][1]:
+            fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
+    fields = [read_fields(row, names) for _, row in rows]
+    readable = iter(golds_parse([found["answer"] for found in fields if "answer" in found]))
+    kept, dropped, seen = [], defaultdict(list), set()
+    for (where, row), found in zip(rows, fields, strict=True):
+        answer_ok, number = "answer" in found and next(readable), where.rsplit(":", 1)[-1]
+        problem = make_problem(row, found, answer_ok, tokenizer, template, max_prompt_tokens, require_expert)
+        if isinstance(problem, Problem) and len(problem.expert_ids or ()) > max_completion_tokens:
+            problem = f"expert trace over {max_completion_tokens} tokens"
+        if isinstance(problem, str):
+            dropped[problem].append(where)
+            continue
+        name_of_row = str(row.get("id", number))
+        problem = replace(problem, id=name_of_row if name_of_row not in seen else f"{name_of_row}#{number}")
+        seen.add(problem.id)
+        kept.append((where, row, found, problem))
+    kept = right_traces(kept, tokenizer, dropped) if require_expert else kept
+    drops = "; ".join(f"{len(places)} dropped: {reason} (first {places[0]})" for reason, places in dropped.items())
+    print0(f"data {name}: {len(kept)} of {len(rows)} rows kept, template {template}{drops and f'; {drops}'}")
+    if not kept:
+        fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}")
+    print0(f"first prompt: {tokenizer.decode(kept[0][-1].prompt_ids)!r}")
+    if require_expert:
+        describe_traces(name, kept, tokenizer)
+    return [problem for *_, problem in kept]
+
+
+def make_problem(
+    row, found, answer_ok: bool, tokenizer: Tokenizer, template: str, longest: int, expert: bool
+) -> Problem | str:
+    """The problem of a row, on request with its trace; or the reason for which it is dropped."""
+    missing = [f for f in ("problem", "answer", *(["solution"] if expert else [])) if f not in found]
+    if missing:
+        return f"no {' and no '.join(missing)}"
+    if not answer_ok:
+        return "answer that the verifier cannot parse"
+    prompt, prompt_ids = render(found["problem"], tokenizer, template)
+    if len(prompt_ids) > longest:
+        return f"prompt over {longest} tokens"
+    thinks, expert_ids, ends = prompt.rstrip().endswith("<think>"), None, ()
+    if expert:
+        solution = with_box(found["solution"], found["answer"], row, thinks)
+        encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
+        expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
+        ends = step_ends(steps_of(row), solution, encoded.offset_mapping)
+    return Problem("", question_text(found["problem"]), prompt_ids, found["answer"], expert_ids, thinks, ends)
+
+
+def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, list[str]]) -> list[tuple]:
+    """Those entries whose expert trace the verifier calls right."""
+    problems = [problem for *_, problem in kept]
+    texts = [answer_part(tokenizer.decode(p.expert_ids, skip_special_tokens=True), p.thinks) for p in problems]
+    scores, _ = verify(texts, [p.answer for p in problems], progress="checking expert traces")
+    for (where, *_), score in zip(kept, scores, strict=True):
+        if score != 1:
+            dropped["expert trace that the verifier rejects"].append(where)
+    return [entry for entry, score in zip(kept, scores, strict=True) if score == 1]
+
+
+def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer) -> None:
+    """Print what was done to traces, and the first one as the model sees it."""
+    boxes_added = sum(not boxed(found["solution"]) for _, _, found, _ in kept)
+    steps_unused = sum(bool(steps_of(row)) and not problem.step_ends for _, row, _, problem in kept)
+    if boxes_added:
+        print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
+    if steps_unused:
+        print0(f"data {name}: the steps of {steps_unused} rows do not cut their traces; lines are taken there")
+    ids = kept[0][-1].expert_ids
+    print0(f"first expert trace ({len(ids)} tokens): {tokenizer.decode(ids)!r}")

@@ -1,0 +1,292 @@
+"""What a run leaves: its folder, one line a step, checkpoints that survive a kill, the model."""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as sharded
+import transformers
+from torch import Tensor, nn
+
+from core.config import flat, resolve_model
+from core.model import Policy, Tokenizer, named_weights
+from core.processes import ROOT, World, fail, print0, shutdown
+
+Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
+State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# The log ------------------------------------------------------------------------------------------
+class RunLog:
+    """One line a step on the terminal, in metrics.jsonl, in wandb; rollouts in samples.jsonl."""
+
+    def __init__(self, cfg: object, script: str, world: World):
+        self.cfg, self.world, self.wandb = cfg, world, None
+        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
+        self.values: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.open_phase, self.samples = ("", 0.0), []
+        self.out = open_folder(cfg, script, world)
+        if world.rank == 0 and cfg.run.wandb:
+            wandb = importlib.import_module("wandb")  # the one optional package
+            self.wandb = wandb.init(project="nanorft", name=self.out.name, config=flat(cfg))
+        print0(f"run {self.out} on {world.size} x {world.device.type}")
+
+    def phase(self, name: str) -> None:
+        """Start a phase of the step, timed as seconds_<name>; an empty name only ends the last."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        (opened, since), now = self.open_phase, time.perf_counter()
+        if opened:
+            self.seconds[opened] += now - since
+        self.open_phase = (name, now)
+
+    def set(self, **values: Tensor | float) -> None:
+        """Values of the step that are the same on every rank."""
+        self.values |= {name: float(value) for name, value in values.items()}
+
+    def add(self, **terms: Tensor | float) -> None:
+        """Add to sums over step and ranks; of a name that ends in _max keep the largest instead."""
+        for name, term in terms.items():
+            term = term.detach() if isinstance(term, Tensor) else term
+            if name.endswith("_max"):
+                self.maxima[name] = max(float(term), self.maxima.get(name, -math.inf))
+            else:
+                self.sums[name] = self.sums[name] + term
+
+    def add_mean(self, name: str, values: list[float]) -> None:
+        """Add to a mean over all values of step and ranks; without any it is not in the line."""
+        self.add(**{f"{name}/sum": float(sum(values)), f"{name}/count": len(values)})
+
+    def step(self, step: int) -> None:
+        """Reduce over ranks, print, write to the files, and start anew (collective)."""
+        self.phase("")
+        sums, maxima = self.reduced()
+        counts = {name.removesuffix("/count"): n for name, n in sums.items() if name.endswith("/count")}
+        line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
+        line |= {name: value for name, value in sums.items() if "/" not in name} | maxima | self.values
+        line |= {name: sums[f"{name}/sum"] / n for name, n in counts.items() if n}
+        line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
+        for phase in ("update", "rollouts"):
+            if self.seconds.get(phase):
+                tokens = sums.get("completion_tokens/sum", 0.0)
+                line[f"tokens_per_second_{phase}"] = round(tokens / self.seconds[phase], 1)
+        line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
+        self.append("metrics.jsonl", [line])
+        self.append("samples.jsonl", [{"step": step, **sample} for sample in self.samples])
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        print0(describe_line(line, self.cfg.steps))
+        for part in (self.sums, self.maxima, self.values, self.seconds, self.samples):
+            part.clear()
+
+    def reduced(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(sums, maxima) over all ranks (collective)."""
+        parts: list = [None] * self.world.size
+        dist.all_gather_object(parts, ({k: float(v) for k, v in self.sums.items()}, self.maxima))
+        sums, maxima = defaultdict(float), {}
+        for some_sums, some_maxima in parts:
+            for name, value in some_sums.items():
+                sums[name] += value
+            for name, value in some_maxima.items():
+                maxima[name] = max(value, maxima.get(name, value))
+        return sums, maxima
+
+    def append(self, file: str, lines: list[dict]) -> None:
+        """Append JSON lines to a file of the run's folder, on rank 0."""
+        if self.world.rank == 0:
+            with open(self.out / file, "a") as out:
+                out.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def last(self, step: int) -> None:
+        """The line of a finished run: what the final policy was measured at."""
+        self.append("metrics.jsonl", [{"step": step, **self.values}])
+        values = "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in self.values.items())
+        print0(f"step {step:>4}/{self.cfg.steps} | done{values}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what a killed run wrote after its last checkpoint; these steps are run again."""
+        for name in ("metrics.jsonl", "samples.jsonl") if self.world.rank == 0 else ():
+            path = self.out / name
+            if path.exists():
+                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] < step))
+
+
+def describe_line(line: dict[str, float], steps: int) -> str:
+    """step 12/500 | reward 0.412 | ..., at fixed widths; the README explains it in this order."""
+    shown = [f"step {line['step']:>4}/{steps}"]
+    if "groups_mixed" in line:
+        shares = (f"{name} {line[f'groups_{name}']:.2f}" for name in ("mixed", "solved", "failed"))
+        shown.append(f"reward {line['reward']:.3f} | {' '.join(shares)}")
+    cut = f" cut {line['truncated']:.2f}" if "truncated" in line else ""
+    shown.append(f"len {line['completion_tokens']:6.1f}{cut}")
+    entropy = f"entropy {line['entropy']:.3f}" if "entropy" in line else "no row to train on"
+    shown.append(f"loss {line['loss']:+.4f} {entropy} grad {line['grad_norm']:.3f}")
+    seconds = {k.removeprefix("seconds_"): v for k, v in line.items() if k.startswith("seconds_") and v >= 0.05}
+    shown.append(" ".join([*(f"{k} {v:.1f}s" for k, v in seconds.items()), f"{line['peak_memory_mb']} MB"]))
+    if "test_accuracy" in line:
+        shown.append(f"test accuracy {line['test_accuracy']:.3f}")
+    return " | ".join(shown)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the device, or on a CPU the resident peak of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# The folder ---------------------------------------------------------------------------------------
+def open_folder(cfg: object, script: str, world: World) -> Path:
+    """The run's folder, with config.json and a copy of all that runs; no old run is overwritten."""
+    name = f"{Path(script).stem}-{Path(cfg.run.model).name}-{time.strftime('%m%d-%H%M%S')}"
+    chosen = [cfg.run.out or str(Path("runs") / name)]
+    dist.broadcast_object_list(chosen, 0)  # all ranks agree on the time in the name
+    out = Path(chosen[0])
+    if not cfg.run.resume and (out / "metrics.jsonl").exists():
+        fail(f"--out {out} already holds a run; continue it with --resume {out} or choose another folder")
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not cfg.run.resume:
+            for source in (Path(script), ROOT / "common.py"):
+                shutil.copy(source, out / source.name)
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)
+            write_atomic(out / "config.json", json.dumps(describe_run(cfg), indent=1))
+    return out
+
+
+def describe_run(cfg: object) -> dict:
+    """What is needed to make a run again: flags, command, commit, versions, hardware, data hash."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    data, cuda = Path(cfg.run.data), torch.cuda.is_available()
+    return {
+        "flags": flat(cfg),
+        "argv": sys.argv,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)}
+        | {"python": platform.python_version()},
+        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest() if data.is_file() else None,
+    }
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+def collect(state: State) -> dict[str, dict]:
+    """The sharded tensors of a state, under names that do not depend on the number of ranks."""
+    return {
+        name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else sharded.get_model_state_dict(e)
+        for name, e in state.items()
+    }
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, oldest first."""
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.suffix != ".partial")
+
+
+def save(log: RunLog, step: int, state: State, **extra: object) -> None:
+    """Write checkpoints/<step>, aside and renamed when complete; keep the last few (collective).
+
+    step is the next step to run; extra is the method's own state, as JSON.
+    """
+    folder = log.out / "checkpoints" / f"{step:08d}"
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists():
+        return
+    if log.world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(collect(state), checkpoint_id=partial)
+    dist.barrier()
+    if log.world.rank == 0:
+        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
+        os.replace(partial, folder)
+        for old in complete_checkpoints(log.out)[: -log.cfg.run.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def resume(log: RunLog, state: State) -> tuple[int, dict]:
+    """Load the newest complete checkpoint, on any number of ranks. (next step, the method's state).
+
+    Without a checkpoint (a new run, or one killed before its first) the run starts at step 0.
+    """
+    found = complete_checkpoints(log.out) if log.cfg.run.resume else []
+    extra = {"step": 0}
+    if found:
+        loaded = collect(state)
+        dcp.load(loaded, checkpoint_id=found[-1])
+        for name, entry in state.items():
+            if isinstance(entry, tuple):
+                sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
+            else:
+                sharded.set_model_state_dict(entry, loaded[name])
+        extra = json.loads((found[-1] / "state.json").read_text())
+    if log.cfg.run.resume:
+        print0(f"resuming {log.out} at step {extra['step']}{'' if found else ' (it has no checkpoint yet)'}")
+        log.rewind(extra["step"])
+        dist.barrier()
+    return extra["step"], extra
+
+
+# The end ------------------------------------------------------------------------------------------
+def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights: Weights | None = None) -> None:
+    """End a run: the last line and the exported model, or how to go on after a signal (collective).
+
+    weights are what is exported where it is not the policy as it is.
+    """
+    if step == log.cfg.steps:
+        log.last(step)
+        export(log, policy, tokenizer, weights or named_weights(policy))
+    else:
+        print0(f"stopped at step {step}; continue with --resume {log.out}")
+    shutdown()
+
+
+def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) -> None:
+    """The model as a Hugging Face folder at final/, with its source's settings (collective)."""
+    weights = {name: tensor.cpu().clone() for name, tensor in weights}
+    if log.world.rank == 0:
+        run, final = log.cfg.run, log.out / "final"
+        policy.model.save_pretrained(final, state_dict=weights)
+        tokenizer.save_pretrained(final)
+        path = Path(resolve_model(run.model)) / "settings.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        if run.template != "auto":
+            settings["template"] = run.template  # eval.py and a next stage ask in the same way
+        for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            section |= {k: str((path.parent / section[k]).resolve()) for k in ("data", "test_data") if k in section}
+        if settings:
+            (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    dist.barrier()
+    print0(f"the trained model is in {log.out / 'final'}")
