@@ -1,4 +1,4 @@
-.PHONY: check lint test smoke diffs plots clean
+.PHONY: check lint test smoke diffs table plots clean
 
 check: lint test
 
@@ -13,8 +13,10 @@ smoke:  ## the README's first command
 	python bread.py --model tiny
 
 diffs:  ## every method against its parent: the diff is the documentation
-	@for child in bread luffy relift prefix_rft uft bridge chord hpt trapo sft; do echo "=== diff grpo.py $$child.py"; diff grpo.py $$child.py; done; true
-	@echo "=== diff luffy.py srft.py"; diff luffy.py srft.py; echo "=== diff sft.py iw_sft.py"; diff sft.py iw_sft.py; true
+	@python results/methods.py diffs
+
+table:  ## the tables of README.md
+	python results/methods.py readme
 
 plots:
 	python plot.py runs/*
