@@ -199,7 +199,7 @@ def follow(slow: Policy, fast: Policy, decay: float = 0.0, part: str = "") -> No
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the gradients' norm over all shards (0: never). Returns the norm before (collective)."""
-    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
 
 
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> float:

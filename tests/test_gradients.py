@@ -210,3 +210,12 @@ def test_clip_norm_is_of_the_whole_gradient(expected, on_two_ranks):
     for found in (expected["token", "uneven"], on_two_ranks["token", "uneven"]):
         (gradients,), (line,) = found
         assert line["grad_norm"] == pytest.approx(sum(g.square().sum().item() for g in gradients) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(("max_norm", "factor"), [(2.5, 0.5), (10.0, 1.0), (0.0, 1.0), (-1.0, 1.0)])
+def test_clipping_by_hand(max_norm, factor):
+    """A gradient of norm 5, halved by a limit of 2.5; a limit above it, 0 or below 0 leaves it."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, -4.0])
+    assert common.clip_gradients([parameter], max_norm) == 5
+    assert torch.allclose(parameter.grad, factor * torch.tensor([3.0, -4.0]), rtol=1e-5)
