@@ -79,36 +79,46 @@ FIELDS = {  # what a problem needs: the column names under which it is found
 }
 
 
-def right_generation(generations: list[str], verdicts: list[bool] = ()) -> dict:
+def right_generation(row: dict, generations: object) -> dict:
     """OpenR1: the first generation found right; else empty, so that no column replaces it."""
+    verdicts = row.get("correctness_math_verify") or row.get("correctness_llama") or []
+    if not isinstance(generations, list):
+        return {}
     return {"solution": next((text for text, right in zip(generations, verdicts, strict=False) if right), "")}
 
 
-def thought(solution: str, thinking: str | list[str], attempt: str) -> dict:
+def thought(row: dict, thinking: str | list[str] | None, attempt: str | None) -> dict:
     """s1K: the answer is the solution's box, or all of it; the trace is thought and attempt."""
-    answer = last_box(solution) or solution.strip()
-    return {"answer": answer, "solution": f"<think>\n{''.join(thinking)}\n</think>\n\n{attempt}"}
+    answer = last_box(row["solution"]) or row["solution"].strip()
+    trace = f"<think>\n{''.join(thinking)}\n</think>\n\n{attempt}" if thinking and attempt else ""
+    return {"answer": answer, "solution": trace}
 
 
-def conversation(messages: list[dict]) -> dict:
+def conversation(row: dict, messages: object) -> dict:
     """A chat: what comes before the answer of the assistant, and that answer."""
+    if not is_chat(messages):
+        return {}
     said = [m["content"] for m in messages if m["role"] == "assistant"]
     return {"problem": [m for m in messages if m["role"] != "assistant"], "solution": said[0] if said else None}
 
 
-def first_message(target: object, reward_model: object) -> dict:
-    """LUFFY: the trace is the first of the target's messages."""
-    return {"solution": target[0]["content"] if isinstance(target, list) and target else None}
+def first_message(row: dict, target: object) -> dict:
+    """LUFFY: the trace is the first of the target's messages, where no column has it."""
+    named = any(row.get(column) is not None for column in FIELDS["solution"])
+    return {"solution": target[0]["content"]} if is_chat(target) and not named else {}
 
 
-SCHEMAS = [  # columns that tell a schema, none of them empty, and what makes fields of them; the first that fits
-    (("generations", "correctness_math_verify"), right_generation),  # OpenR1
-    (("generations", "correctness_llama"), right_generation),
-    (("generations",), right_generation),
-    (("solution", "deepseek_thinking_trajectory", "deepseek_attempt"), thought),  # s1K-1.1
-    (("solution", "thinking_trajectories", "attempt"), thought),  # s1K
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
+
+
+SCHEMAS = [  # columns that tell a schema, and what makes fields of row and columns; the first that makes some
+    (("generations",), right_generation),  # OpenR1
+    (("deepseek_thinking_trajectory", "deepseek_attempt"), thought),  # s1K-1.1
+    (("thinking_trajectories", "attempt"), thought),  # s1K
     (("messages",), conversation),
-    (("target", "reward_model"), first_message),  # LUFFY
+    (("target",), first_message),  # LUFFY
 ]
 
 
@@ -118,8 +128,9 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
     `names` maps a field to the user's own column and wins over every schema.
     """
     found = {field: next((row[c] for c in known if row.get(c) is not None), None) for field, known in FIELDS.items()}
-    columns, read = next((schema for schema in SCHEMAS if all(row.get(c) for c in schema[0])), ((), dict))
-    found |= {field: value for field, value in read(*(row[c] for c in columns)).items() if value is not None}
+    fits = ((read, [row[c] for c in columns]) for columns, read in SCHEMAS if set(columns) <= set(row))
+    schema = next(filter(None, (read(row, *values) for read, values in fits)), {})
+    found |= {field: value for field, value in schema.items() if value is not None}
     found |= {field: row.get(column) for field, column in names.items()}
     if isinstance(row.get("reward_model"), dict) and found["answer"] is None:  # verl
         found["answer"] = row["reward_model"].get("ground_truth")
@@ -247,13 +258,12 @@ def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     if problem.step_ends:
         return list(problem.step_ends)
     texts = [tokenizer.decode([token]) for token in problem.expert_ids]
-    ends: list[int] = []
+    stops = [text.rstrip(" ")[-1:] for text in texts]
     for mark in ("\n", ".!?\n"):
-        if len(ends) < 2:
-            stops = [text.rstrip(" ")[-1:] for text in texts]
-            ends = [i + 1 for i, s in enumerate(stops[:-1]) if s and s in mark and texts[i + 1].strip(" ") != "\n"]
-            ends = [*ends, len(texts)]
-    return ends
+        ends = [i + 1 for i, s in enumerate(stops[:-1]) if s and s in mark and texts[i + 1].strip(" ") != "\n"]
+        if ends:
+            break
+    return [*ends, len(texts)]
 
 
 def regroup(ends: list[int], pieces: int) -> list[int]:

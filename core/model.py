@@ -1,6 +1,5 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -199,7 +198,10 @@ def follow(slow: Policy, fast: Policy, decay: float = 0.0, part: str = "") -> No
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the gradients' norm over all shards (0: never). Returns the norm before (collective)."""
-    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+    parameters = [p for p in parameters if p.grad is not None]
+    if max_norm > 0:
+        return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
 
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> float:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import resource
@@ -43,15 +42,14 @@ class RunLog:
 
     def __init__(self, cfg: object, script: str, world: World):
         self.cfg, self.world, self.wandb = cfg, world, None
-        self.sums: dict[str, Tensor | float] = defaultdict(float)
-        self.maxima: dict[str, float] = {}
+        self.totals: dict[str, Tensor | float] = {}
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
         self.out = open_folder(cfg, script, world)
         if world.rank == 0 and cfg.run.wandb:
             wandb = importlib.import_module("wandb")  # the one optional package
-            self.wandb = wandb.init(project="nanorft", name=self.out.name, config=flat(cfg))
+            self.wandb = wandb.init(project="sft-rl", name=self.out.name, config=flat(cfg))
         print0(f"run {self.out} on {world.size} x {world.device.type}")
 
     def phase(self, name: str) -> None:
@@ -68,13 +66,8 @@ class RunLog:
         self.values |= {name: float(value) for name, value in values.items()}
 
     def add(self, **terms: Tensor | float) -> None:
-        """Add to sums over step and ranks; of a name that ends in _max keep the largest instead."""
-        for name, term in terms.items():
-            term = term.detach() if isinstance(term, Tensor) else term
-            if name.endswith("_max"):
-                self.maxima[name] = max(float(term), self.maxima.get(name, -math.inf))
-            else:
-                self.sums[name] = self.sums[name] + term
+        """Add to the totals of the step, which are reduced over ranks."""
+        combine(self.totals, {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()})
 
     def add_mean(self, name: str, values: list[float]) -> None:
         """Add to a mean over all values of step and ranks; without any it is not in the line."""
@@ -83,15 +76,15 @@ class RunLog:
     def step(self, step: int) -> None:
         """Reduce over ranks, print, write to the files, and start anew (collective)."""
         self.phase("")
-        sums, maxima = self.reduced()
-        counts = {name.removesuffix("/count"): n for name, n in sums.items() if name.endswith("/count")}
+        totals = self.reduced()
+        counts = {name.removesuffix("/count"): n for name, n in totals.items() if name.endswith("/count")}
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
-        line |= {name: value for name, value in sums.items() if "/" not in name} | maxima | self.values
-        line |= {name: sums[f"{name}/sum"] / n for name, n in counts.items() if n}
+        line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
+        line |= {name: totals[f"{name}/sum"] / n for name, n in counts.items() if n}
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
         for phase in ("update", "rollouts"):
             if self.seconds.get(phase):
-                tokens = sums.get("completion_tokens/sum", 0.0)
+                tokens = totals.get("completion_tokens/sum", 0.0)
                 line[f"tokens_per_second_{phase}"] = round(tokens / self.seconds[phase], 1)
         line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
         self.append("metrics.jsonl", [line])
@@ -99,20 +92,17 @@ class RunLog:
         if self.wandb:
             self.wandb.log(line, step=step)
         print0(describe_line(line, self.cfg.steps))
-        for part in (self.sums, self.maxima, self.values, self.seconds, self.samples):
+        for part in (self.totals, self.values, self.seconds, self.samples):
             part.clear()
 
-    def reduced(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(sums, maxima) over all ranks (collective)."""
+    def reduced(self) -> dict[str, float]:
+        """The totals over all ranks (collective)."""
         parts: list = [None] * self.world.size
-        dist.all_gather_object(parts, ({k: float(v) for k, v in self.sums.items()}, self.maxima))
-        sums, maxima = defaultdict(float), {}
-        for some_sums, some_maxima in parts:
-            for name, value in some_sums.items():
-                sums[name] += value
-            for name, value in some_maxima.items():
-                maxima[name] = max(value, maxima.get(name, value))
-        return sums, maxima
+        dist.all_gather_object(parts, {name: float(value) for name, value in self.totals.items()})
+        total: dict[str, float] = {}
+        for part in parts:
+            combine(total, part)
+        return total
 
     def append(self, file: str, lines: list[dict]) -> None:
         """Append JSON lines to a file of the run's folder, on rank 0."""
@@ -133,6 +123,14 @@ class RunLog:
             if path.exists():
                 whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] < step))
+
+
+def combine(totals: dict, terms: dict) -> None:
+    """Add terms to totals of the same names; of a name that ends in _max keep the largest."""
+    for name, term in terms.items():
+        if name in totals:
+            term = max(totals[name], term) if name.endswith("_max") else totals[name] + term
+        totals[name] = term
 
 
 def describe_line(line: dict[str, float], steps: int) -> str:

@@ -37,8 +37,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights: Policy | Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the trained weights, a policy's or (name, whole tensor) pairs, into the inference
-        copy (collective).
+        """Take the trained weights, a policy's or (name, whole tensor) pairs (collective).
 
         RuntimeError where a name is unknown or a parameter is left without new weights.
         """

@@ -272,6 +272,45 @@ def test_named_columns_win_over_gsm8k_and_countdown(tmp_path, tokenizer):
     assert problem.answer == "2"
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"messages": '[{"role": "user"}]'},
+        {"messages": ["1+1?", "2"]},
+        {"messages": None},
+        {"messages": []},
+        {"generations": 16},
+        {"generations": None},
+        {"target": ["2"]},
+        {"target": 98, "nums": [1]},
+        {"target": [{"role": "assistant", "content": "another \\boxed{3}"}], "reward_model": {"ground_truth": "3"}},
+    ],
+)
+@pytest.mark.parametrize("columns", ["", "problem=problem answer=answer"])
+def test_a_column_of_a_schema_that_does_not_fit(odd, columns, tmp_path, tokenizer):
+    """Columns with a schema's name but not its shape leave the plain ones as they are."""
+    (problem,) = load(tmp_path, [GOOD | odd], tokenizer, columns=columns)
+    assert problem.text == "1+1?" and tokenizer.decode(problem.expert_ids) == GOOD["solution"] + "<eos>"
+
+
+def test_a_target_needs_no_reward_model(tmp_path, tokenizer):
+    """LUFFY's trace where the answer stands in a column of its own."""
+    row = {"prompt": "1+1?", "answer": "2", "target": [{"role": "assistant", "content": "so \\boxed{2}"}]}
+    (problem,) = load(tmp_path, [row], tokenizer)
+    assert tokenizer.decode(problem.expert_ids) == "so \\boxed{2}<eos>"
+
+
+@pytest.mark.parametrize(
+    ("schema", "changes"),
+    [("OpenR1", {"generations": []}), ("s1K", {"attempt": None}), ("s1K-1.1", {"deepseek_attempt": ""})],
+)
+def test_a_schema_without_its_trace_is_a_counted_drop(schema, changes, tmp_path, tokenizer, capsys):
+    """A human's solution or a chat never takes the place of the trace that the schema promises."""
+    rows = [SCHEMAS[schema], SCHEMAS[schema] | changes]
+    assert len(load(tmp_path, rows, tokenizer, template="think", max_prompt_tokens=900)) == 1
+    assert "1 dropped: no solution" in capsys.readouterr().out
+
+
 def test_parquet_and_gzip(tmp_path, tokenizer):
     """Both kinds of file hold the same row."""
     Dataset.from_list([GOOD]).to_parquet(str(tmp_path / "rows.parquet"))
