@@ -59,12 +59,10 @@ def draw(problems: list[Problem], n: int, step: int, seed: int, world: World) ->
 
     Each epoch has every problem once, in an order of its own; rank r takes every world.size-th.
     """
-    chosen = []
-    for position in range(step * n + world.rank, (step + 1) * n, world.size):
-        epoch, place = divmod(position, len(problems))
-        order = np.random.default_rng([seed, epoch]).permutation(len(problems))
-        chosen.append(problems[int(order[place])])
-    return chosen
+    size, positions = len(problems), range(step * n + world.rank, (step + 1) * n, world.size)
+    epochs = {position // size for position in positions}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs}
+    return [problems[orders[position // size][position % size]] for position in positions]
 
 
 def share(values: list, update: int, updates: int, total: int, world: World) -> list:

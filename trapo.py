@@ -165,9 +165,11 @@ def main(cfg: Config) -> None:
                 cfg.temperature,
                 (cfg.run.seed, step, stage),
             )
-            made = [[common.expert_rollout(problem, tokenizer) for _ in range(size)] for problem in problems]
-            for i, rows in zip(asked, drawn, strict=True):
-                made[i] = rows
+            sampled = dict(zip(asked, drawn, strict=True))
+            made = [
+                sampled.get(i) or [common.expert_rollout(problem, tokenizer) for _ in range(size)]
+                for i, problem in enumerate(problems)
+            ]
 
             log.phase("rewards")
             log.add(verifier_errors=common.score(made))
