@@ -10,17 +10,22 @@ improves, the anchor moves to the start. Expert tokens are context, never a targ
     lo, hi = 0, K - 1
     while lo < hi:
         mid = ceil((lo + hi) / 2);  s = success rate of a group that continues episodes[:mid]
-        s <= band_low: lo = mid     s in the band: take this group     s >= band_high: hi = mid - 1
+        s <= band_low: lo = mid     otherwise: hi = mid - 1
+    the group to train: of the plain one and the probes one in the band, else a mixed one, else one
+        with a success, and the one with the shortest prefix of those
     loss = GRPO's, over policy tokens only; ratio, KL and advantage are conditioned on the prefix
 
 Differs from grpo.py in the anchors alone: loss_fn is the same, and --num_episodes 1 is grpo.py.
 A step has at most 1 + ceil(log2 K) generate calls, because all problems are probed together.
 The probe that is taken is the training group; nothing is sampled again.
 
-Departures, and choices where the paper is silent. The band is open, (0, 1): any mixed group. The
-first one is taken; --no-stop_on_first goes on to the shortest prefix. The last episode is never
-shown. If no group is in the band, the last probe with a success is taken; if all fail, the plain
-group stays. The prefix opens the assistant's turn. Group size, lr, clip, KL (off) are grpo.py's.
+Departures, and choices where the paper is silent. The band is open, (0, 1): any mixed group.
+Readers of the paper say that the shortest prefix is searched; --stop_on_first ends at the first
+group in the band. Most of them also place it in the question: --prefix_site user; here it opens the
+assistant's turn, as "complete the rest" reads. The K-th episode is never shown, nor any part of the
+trace that gives the answer away. Where every probe fails the plain group stays, and the update has
+no success for that problem, which the paper says it has. KL is off; group size, lr and clip are
+grpo.py's.
 
     torchrun bread.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 bread.py --problems_per_step 32 --steps 200 --warmup_steps 10 \
@@ -28,7 +33,6 @@ group stays. The prefix opens the assistant's turn. Group size, lr, clip, KL (of
     python bread.py --model tiny                                         a laptop, about two minutes
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +56,8 @@ class Config:
     band_low: float = 0.0  # a group is taken when its success rate is strictly between these
     band_high: float = 1.0
     trigger: Literal["all_fail", "always"] = "all_fail"  # search where the plain group has no success, or everywhere
-    stop_on_first: bool = True  # take the first group in the band; else go on to look for a shorter prefix
-    leak_check: bool = False  # never show a prefix that has the answer's text
+    stop_on_first: bool = False  # take the first group in the band; else go on to look for a shorter prefix
+    prefix_site: Literal["assistant", "user"] = "assistant"  # whose turn shows the prefix: user, behind the question
     # loss
     scale_by_std: bool = True  # divide the advantage by the group's std
     zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: keep them in w, or drop them
@@ -104,48 +108,48 @@ def loss_fn(
 
 
 # The anchor ---------------------------------------------------------------------------------------
-def episode_cuts(problem: common.Problem, tokenizer: common.Tokenizer, pieces: int, leak_check: bool) -> list[int]:
-    """Tokens of the first 0, ..., m - 1 of m <= pieces episodes; leak_check: without the answer."""
-    cuts = common.regroup(common.episode_ends(problem, tokenizer), pieces)[:-1]
-    leaks = leak_check and isinstance(problem.answer, str)
-    return [cut for cut in cuts if not leaks or problem.answer not in tokenizer.decode(problem.expert_ids[:cut])]
+def worth(cfg: Config, group: list[common.Rollout], episodes: int) -> tuple[bool, bool, bool, int]:
+    """Of two groups the one of larger worth is taken: in the band, mixed, some success, shorter."""
+    success = sum(r.reward for r in group) / len(group)
+    return cfg.band_low < success < cfg.band_high, 0 < success < 1, success > 0, -episodes
 
 
-def anchor_search(cfg: Config, lengths: list[list[int]], probe) -> tuple[list, list[int], int]:
-    """Bisection for a prefix in the band. (groups or None, episodes shown, rounds) of this rank.
+def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: list) -> tuple[list, list[str]]:
+    """Bisection for the shortest prefix in the band. (groups, ids of opened traces) of this rank.
 
-    lengths: expert tokens in the first 0, 1, 2, ... episodes of each problem. probe: from
-    (problems, prefix lengths, round) to the scored groups.
+    plain: the groups without a prefix, each of which stays unless a better one is found.
     """
-    best: list[list[common.Rollout] | None] = [None] * len(lengths)
-    in_band, anchor = [False] * len(lengths), [0] * len(lengths)
-    lo, hi, rounds = [0] * len(lengths), [len(cuts) - 1 for cuts in lengths], 0
-    while searching := [i for i in range(len(lengths)) if lo[i] < hi[i]]:
-        mids = [(lo[i] + hi[i] + 1) // 2 for i in searching]
-        rounds += 1
-        groups = probe(searching, [lengths[i][mid] for i, mid in zip(searching, mids, strict=True)], rounds)
+    tokenizer, best, shown, rounds = sampler.tokenizer, list(plain), [0] * len(plain), 0
+    hard = [not (worth(cfg, g, 0)[0] if cfg.trigger == "always" else any(r.reward for r in g)) for g in plain]
+    traces = [common.shown_ends(problem, tokenizer) for problem in problems]
+    cuts = [common.regroup(ends, cfg.num_episodes - 1) for ends, _ in traces]
+    lo, hi = [0] * len(plain), [searched * (len(c) - 1) for c, searched in zip(cuts, hard, strict=True)]
+    opened = [problem.id if last else "" for problem, last in zip(problems, hi, strict=True)]
+    while searching := [i for i in range(len(plain)) if lo[i] < hi[i]]:
+        mids, rounds = [(lo[i] + hi[i] + 1) // 2 for i in searching], rounds + 1
+        asked = [problems[i] for i in searching]
+        prefixes = [problems[i].expert_ids[: cuts[i][mid]] for i, mid in zip(searching, mids, strict=True)]
+        if cfg.prefix_site == "user":
+            asked, prefixes = [common.with_hint(*x, tokenizer) for x in zip(asked, prefixes, strict=True)], None
+        log.phase("rollouts")
+        seed = (cfg.run.seed, step, rounds)
+        groups = sampler.generate(asked, prefixes, cfg.group_size, cfg.max_completion_tokens, cfg.temperature, seed)
+        log.phase("rewards")
+        log.add(**(counts := common.score(groups)), probes=len(groups), probe_tokens=counts["sampled_tokens"])
         for i, mid, group in zip(searching, mids, groups, strict=True):
-            success = sum(r.reward for r in group) / len(group)
-            accepted = cfg.band_low < success < cfg.band_high
-            if success > 0 and (accepted or not in_band[i]):  # in the band beats outside; else the later probe
-                best[i], anchor[i], in_band[i] = group, mid, accepted
-            if accepted and cfg.stop_on_first:
-                lo[i] = hi[i]
-            elif success <= cfg.band_low:
+            if worth(cfg, group, mid) > worth(cfg, best[i], shown[i]):
+                best[i], shown[i] = group, mid
+            if sum(r.reward for r in group) / len(group) <= cfg.band_low:
                 lo[i] = mid
             else:
-                hi[i] = mid - 1
-    return best, anchor, rounds
-
-
-def scored_groups(cfg, sampler, log, step, problems, chosen, lengths, attempt) -> list[list[common.Rollout]]:
-    """The probe of a step: groups of the chosen problems that continue their expert's prefixes."""
-    asked = [problems[i] for i in chosen]
-    prefixes = [problem.expert_ids[:length] for problem, length in zip(asked, lengths, strict=True)]
-    seed = (cfg.run.seed, step, attempt)
-    groups = sampler.generate(asked, prefixes, cfg.group_size, cfg.max_completion_tokens, cfg.temperature, seed)
-    log.add(verifier_errors=common.score(groups), probes=len(groups))
-    return groups
+                hi[i] = lo[i] if cfg.stop_on_first and worth(cfg, group, mid)[0] else mid - 1
+    log.add(search_rounds_max=rounds)
+    log.add_mean("search_rate", hard)
+    log.add_mean("search_mixed", [worth(cfg, group, 0)[1] for group, h in zip(best, hard, strict=True) if h])
+    log.add_mean("anchor_depth", [c[n] / len(p.expert_ids) for p, c, n in zip(problems, cuts, shown, strict=True) if n])
+    log.add_mean("traces_cut_short", [cut_short for _, cut_short in traces])
+    common.log_rollouts(log, [group for group, n in zip(best, shown, strict=True) if n])
+    return best, opened
 
 
 # Main ---------------------------------------------------------------------------------------------
@@ -155,11 +159,13 @@ def main(cfg: Config) -> None:
     train, test = common.load_data(cfg, tokenizer, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
-    sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
+    window = cfg.max_completion_tokens * (2 if cfg.prefix_site == "user" else 1)  # a hint in the prompt needs room
+    sampler = common.load_sampler(cfg.run, tokenizer, world, window)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
-    start, _ = common.resume(log, state)
+    start, extra = common.resume(log, state)
+    opened = set(extra.get("opened", []))
     sampler.sync(policy)
 
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
@@ -168,7 +174,7 @@ def main(cfg: Config) -> None:
             log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
-            common.save(log, step, state)
+            common.save(log, step, state, opened=sorted(opened))
         if last:
             break
 
@@ -184,20 +190,12 @@ def main(cfg: Config) -> None:
         )
 
         log.phase("rewards")
-        log.add(verifier_errors=common.score(groups))
+        log.add(**common.score(groups))
+        common.log_rollouts(log, groups)
 
-        log.phase("anchors")
-        hard = [i for i, group in enumerate(groups) if cfg.trigger == "always" or not any(r.reward for r in group)]
-        cuts = [episode_cuts(problems[i], tokenizer, cfg.num_episodes, cfg.leak_check) for i in hard]
-        probe = functools.partial(scored_groups, cfg, sampler, log, step, [problems[i] for i in hard])
-        found, anchors, rounds = anchor_search(cfg, cuts, probe)
-        log.add_mean("plain_reward", [r.reward for group in groups for r in group])
-        log.add_mean("search_rate", [i in hard for i in range(len(groups))])
-        log.add_mean("search_failed", [group is None for group in found])
-        log.add_mean("anchor_depth", [a / len(c) for a, c in zip(anchors, cuts, strict=True) if a])
-        log.set(search_rounds=rounds)
-        for i, group in zip(hard, found, strict=True):
-            groups[i] = group or groups[i]
+        groups, ids = anchor_search(cfg, sampler, log, step, problems, groups)
+        opened |= set(filter(None, common.gather(ids, world)))
+        log.set(traces_opened=len(opened))
 
         log.phase("advantages")
         for group in groups:
@@ -205,7 +203,6 @@ def main(cfg: Config) -> None:
             advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-        common.log_rollouts(log, groups)
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         log.phase("update")

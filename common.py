@@ -13,10 +13,9 @@ fixed before the first backward from counts over all micro-batches and all ranks
 *sum* over micro-batches and ranks.
 """
 
-import hashlib
 import importlib.util
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.config import RunConfig, parse
-from core.data import Problem, episode_ends, load_problems, regroup
+from core.data import Problem, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
 from core.model import (
     Policy,
     Tokenizer,
@@ -59,10 +58,13 @@ def draw(problems: list[Problem], n: int, step: int, seed: int, world: World) ->
 
     Each epoch has every problem once, in an order of its own; rank r takes every world.size-th.
     """
-    size, positions = len(problems), range(step * n + world.rank, (step + 1) * n, world.size)
+    size, positions = len(problems), range(step * n, (step + 1) * n)
     epochs = {position // size for position in positions}
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs}
-    return [problems[orders[position // size][position % size]] for position in positions]
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(size).tolist() for epoch in epochs}
+    drawn = [orders[position // size][position % size] for position in positions]
+    before = [drawn[:place].count(i) for place, i in enumerate(drawn)]  # a second draw in a step samples anew
+    found = [replace(problems[i], occurrence=k) if k else problems[i] for i, k in zip(drawn, before, strict=True)]
+    return found[world.rank :: world.size]
 
 
 def share(values: list, update: int, updates: int, total: int, world: World) -> list:
@@ -97,11 +99,6 @@ def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:
     return Rollout(problem, problem.expert_ids, len(problem.expert_ids), text=text, finished=True)
 
 
-def group_seed(seed: tuple[int, ...], problem_id: str) -> int:
-    """The seed of a problem's samples, from (seed, step, attempt) and its id alone."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, problem_id)).encode(), digest_size=7).digest(), "big")
-
-
 class Sampler:
     """Completions from an inference copy of the weights, made by vLLM or transformers."""
 
@@ -127,7 +124,7 @@ class Sampler:
         prefixes = prefixes or [[] for _ in problems]
         if any(len(prefix) >= max_tokens for prefix in prefixes):
             raise ValueError(f"a prefix leaves no room under {max_tokens} completion tokens")
-        prompts, seeds = [p.prompt_ids for p in problems], [group_seed(seed, p.id) for p in problems]
+        prompts, seeds = [p.prompt_ids for p in problems], [group_seed(seed, p) for p in problems]
         made = self.engine.decode(prompts, prefixes, n, max_tokens, temperature, seeds, top_p)
         groups = []
         for problem, prefix, rows in zip(problems, prefixes, made, strict=True):
@@ -151,14 +148,14 @@ def load_sampler(run: RunConfig, tokenizer: Tokenizer, world: World, max_complet
 
 
 # Scoring ------------------------------------------------------------------------------------------
-def score(groups: list[list[Rollout]]) -> int:
-    """Write the verifier's reward into every rollout. Returns the number of verifier errors."""
+def score(groups: list[list[Rollout]]) -> dict[str, int]:
+    """Write the verifier's reward into every rollout. Returns what the log counts of them."""
     flat = [rollout for group in groups for rollout in group]
     texts = [answer_part(r.text, r.problem.thinks) for r in flat]
     rewards, errors = verify(texts, [r.problem.answer for r in flat])
     for rollout, reward in zip(flat, rewards, strict=True):
         rollout.reward = reward
-    return errors
+    return {"verifier_errors": errors, "sampled_tokens": sum(len(r.completion_ids) - r.num_expert_tokens for r in flat)}
 
 
 def evaluate(sampler: Sampler, problems: list[Problem], cfg, world: World) -> float:
@@ -172,12 +169,15 @@ def evaluate(sampler: Sampler, problems: list[Problem], cfg, world: World) -> fl
 
 
 def log_rollouts(log: RunLog, groups: list[list[Rollout]]) -> None:
-    """Log a step's reward, lengths, shares of mixed, solved and failed groups, and two samples."""
-    rows, right = [r for group in groups for r in group], [sum(r.reward for r in group) for group in groups]
-    log.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in groups])
-    log.add_mean("groups_solved", [s == len(group) for s, group in zip(right, groups, strict=True)])
-    log.add_mean("groups_failed", [s == 0 for s in right])
+    """Log what the policy wrote alone, the reward of rows that had help, and two samples."""
+    guided = [r for group in groups for r in group if r.num_expert_tokens or r.problem.hinted]
+    plain = [own for group in groups if (own := [r for r in group if not (r.num_expert_tokens or r.problem.hinted)])]
+    rows = [r for group in plain for r in group]
+    log.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in plain])
+    log.add_mean("groups_solved", [all(r.reward == 1 for r in group) for group in plain])
+    log.add_mean("groups_failed", [not any(r.reward == 1 for r in group) for group in plain])
     log.add_mean("reward", [r.reward for r in rows])
+    log.add_mean("guided_reward", [r.reward for r in guided])
     log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
     log.add_mean("truncated", [not r.finished for r in rows])
     for r in [r for group in groups[:1] for r in (group[0], group[-1])]:
@@ -225,13 +225,14 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
 
     k1 = log_ratio, k2 = log_ratio^2 / 2, k3 = exp(-log_ratio) - 1 + log_ratio. On samples of the
     policy k2 has the gradient of the reverse KL, k3 that of the forward KL, and k1 has none in
-    expectation: here k1 keeps its value and takes k2's gradient.
+    expectation: here k1 keeps its value and takes k2's gradient. k3 is at most 10, there without
+    gradient, as in verl's core_algos.kl_penalty: one token can have e^29.
     """
     log_ratio = logprobs - ref_logprobs
     k2 = log_ratio.square() / 2
     if estimator == "k1":
         return log_ratio.detach() + k2 - k2.detach()
-    return k2 if estimator == "k2" else torch.exp(-log_ratio) - 1 + log_ratio
+    return k2 if estimator == "k2" else (torch.exp(-log_ratio.clamp(min=-20)) - 1 + log_ratio).clamp(max=10)
 
 
 def token_weights(mask: Tensor, loss_norm: str, num_tokens: int, num_rows: int = 1, max_tokens: int = 1) -> Tensor:
@@ -404,7 +405,7 @@ def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: Worl
 
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
-    log.add(**{name: metric / updates for name, metric in metrics.items()})
+    log.add(**{name: metric / updates for name, metric in metrics.items()}, trained_tokens=batch.completion_mask.sum())
     gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
     log.add_mean("sampler_ratio", gap.tolist())
     log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())
@@ -413,6 +414,7 @@ def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: 
 
 # What a method file uses of core/ is handed on here, so that it imports this module alone.
 __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all_sum", "gather", "print0", "fail"]
-__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights"]
-__all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "episode_ends", "regroup"]
-__all__ += ["answer_part", "boxed", "verify", "RunLog", "save", "resume", "finish"]
+__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "verify"]
+__all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
+__all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
+__all__ += ["finish"]

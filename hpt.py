@@ -135,7 +135,8 @@ def main(cfg: Config) -> None:
         )
 
         log.phase("rewards")
-        log.add(verifier_errors=common.score(groups))
+        log.add(**common.score(groups))
+        common.log_rollouts(log, groups)
 
         log.phase("advantages")
         for group in groups:
@@ -143,7 +144,6 @@ def main(cfg: Config) -> None:
             advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-        common.log_rollouts(log, groups)
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         failed = [sum(r.reward for r in group) <= cfg.gate for group in groups]

@@ -26,11 +26,14 @@ Departures. The paper's launch settings were never published. --advantages group
 split is the repository's dr_grpo_prefix (plain rows and prefix against the plain rows' mean, the
 continuation without a baseline). Its _v2 can never push a prefix up and is left out. The filter
 ranks within a row, so that it does not depend on the packing; --keep_scope microbatch is the
-official ranking. Prefixes are token ids, never decoded and tokenised again.
+official ranking. Prefixes are token ids, never decoded and tokenised again, and end before the
+trace gives its answer away. The official policy term is not divided by its rows but by its
+micro-batches: with 64 rows in 3 of them its grad_clip 1.0 is 0.047 on our scale and its
+entropy_coef 0.00026. It has no tis_cap.
 
     torchrun prefix_rft.py --model Qwen2.5-1.5B                          one GPU
     torchrun --nproc_per_node 8 prefix_rft.py --model Qwen2.5-Math-7B --rope_theta 40000 \
-        --max_positions 16384                                            the paper's
+        --max_positions 16384 --grad_clip 0.047 --entropy_coef 0.00026 --tis_cap 0  the paper's
     python prefix_rft.py --model tiny                                    a laptop
 """
 
@@ -176,19 +179,20 @@ def main(cfg: Config) -> None:
 
         low, prefixes = lowest_share(step, cfg.low_start, cfg.low_final, cfg.prefix_steps), []
         for problem in problems if cfg.hybrid_rows else ():
-            rng = np.random.default_rng(common.group_seed((cfg.run.seed, step, 2), problem.id))
+            rng = np.random.default_rng(common.group_seed((cfg.run.seed, step, 2), problem))
             length = draw_prefix(len(problem.expert_ids), low, cfg.prefix_high, cfg.min_prefix_tokens, rng)
-            prefixes.append(problem.expert_ids[:length])
+            limit = common.tokens_before_answer(problem, tokenizer)
+            prefixes.append(problem.expert_ids[: min(length, limit)])
+            log.add_mean("traces_cut_short", [length > limit])
+            log.add_mean("prefix_fraction", [len(prefixes[-1]) / len(problem.expert_ids)])
         if cfg.hybrid_rows:
             seed = (cfg.run.seed, step, 1)
             hybrids = sampler.generate(problems, prefixes, 1, cfg.max_completion_tokens, cfg.temperature, seed)
             groups = [[*group, *hybrid] for group, hybrid in zip(groups, hybrids, strict=True)]
-            log.add_mean(
-                "prefix_fraction", [len(x) / len(p.expert_ids) for x, p in zip(prefixes, problems, strict=True)]
-            )
 
         log.phase("rewards")
-        log.add(verifier_errors=common.score(groups))
+        log.add(**common.score(groups))
+        common.log_rollouts(log, groups)
 
         log.phase("advantages")
         for group in groups:
@@ -203,10 +207,10 @@ def main(cfg: Config) -> None:
                     rollout.advantage = advantage
                 hybrid.advantage = hybrid.reward
                 hybrid.prefix_advantage = hybrid.reward - rewards[:, :-1].mean().item()
-        common.log_rollouts(log, groups)
-        log.add_mean("plain_reward", [r.reward for group in groups for r in group[: cfg.group_size - cfg.hybrid_rows]])
-        log.add_mean("hybrid_reward", [r.reward for group in groups for r in group[cfg.group_size - cfg.hybrid_rows :]])
-        kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
+        kept = [
+            g if cfg.zero_variance == "keep" or any(r.advantage or r.prefix_advantage for r in g) else []
+            for g in groups
+        ]
 
         log.phase("update")
         sampler.sleep()

@@ -157,7 +157,8 @@ def main(cfg: Config) -> None:
             group.extend([common.expert_rollout(problem, tokenizer)] * cfg.expert_rows)
 
         log.phase("rewards")
-        log.add(verifier_errors=common.score(groups))
+        log.add(**common.score(groups))
+        common.log_rollouts(log, groups)
 
         log.phase("advantages")
         for group in groups:
@@ -165,9 +166,6 @@ def main(cfg: Config) -> None:
             advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-        common.log_rollouts(log, groups)
-        log.add_mean("plain_reward", [r.reward for group in groups for r in group if not r.num_expert_tokens])
-        log.add_mean("expert_reward", [r.reward for group in groups for r in group if r.num_expert_tokens])
         log.add_mean("expert_advantage", [r.advantage for group in groups for r in group if r.num_expert_tokens])
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 

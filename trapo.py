@@ -16,14 +16,18 @@ below that in proportion to p.
 Differs from grpo.py in the micro-groups and in the prefix term. With --shares 0 0 0 0 it is GRPO on
 a group that is drawn in four parts.
 
-Departures. Sizes 4, 2, 1, 1, shares 0, 0.2, 0.5, 1 and thresholds -1, 0.5, 0.7, 0.9 are the
-paper's; the official script has 0.25, 0.5, 1 snapped to paragraphs and 0.5, 0.67, 1. The full trace
-at share 1 is the row itself, nothing is drawn after it; the code reads a second trace there. Expert
-tokens get no advantage and no entropy bonus (in the code they get it). lr 5e-6 is the paper's.
+Departures. The defaults are the official script's: 8 problems in one update, shares 0.25, 0.5, 1,
+which it snaps to paragraphs and which here end before the answer, thresholds 0.5, 0.67, 1. The
+paper's are in the second command. The full trace at share 1 is the row itself, nothing is drawn
+after it; the code reads a second trace there. Expert tokens get no advantage and no entropy bonus;
+in the code they get the bonus. It does not divide by its 8 rows a rank, and its bonus is a mean of
+each micro-batch: on our scale its grad_clip is 0.125, its entropy_coef 0.00026. It has no tis_cap.
 
     torchrun trapo.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 trapo.py --model Qwen2.5-Math-7B --rope_theta 40000 \
-        --max_positions 16384                                            the paper's
+        --max_positions 16384 --problems_per_step 128 --updates_per_step 2 --shares 0 0.2 0.5 1 \
+        --thresholds -1 0.5 0.7 0.9 --lr 5e-6 --grad_clip 0.125 --entropy_coef 0.00026 \
+        --tis_cap 0                                                      the paper's
     python trapo.py --model tiny                                         a laptop
 """
 
@@ -41,14 +45,14 @@ import common
 class Config:
     # rollouts
     steps: int = 500  # rounds of rollouts and update(s)
-    problems_per_step: int = 128  # over all ranks
+    problems_per_step: int = 8  # over all ranks
     group_size: int = 8  # completions per problem
     max_completion_tokens: int = 8192  # EOS and, where there is one, the hint included
     temperature: float = 1.0  # of sampler and log-probabilities alike
     # micro-groups
     sizes: tuple[int, int, int, int] = (4, 2, 1, 1)  # rows, group_size in all
-    shares: tuple[float, float, float, float] = (0.0, 0.2, 0.5, 1.0)  # of the expert's trace that is given
-    thresholds: tuple[float, float, float, float] = (-1.0, 0.5, 0.7, 0.9)  # a prefix is given where the mean is below
+    shares: tuple[float, float, float, float] = (0.0, 0.25, 0.5, 1.0)  # of the expert's trace that is given
+    thresholds: tuple[float, float, float, float] = (-1.0, 0.5, 0.67, 1.0)  # a prefix is given where the mean is below
     # loss
     sft_coef: float = 1.0  # of the prefix term
     trsft_alpha: float = 0.1  # probability from which a prefix token has its full weight
@@ -62,9 +66,9 @@ class Config:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
     entropy_coef: float = 0.001  # bonus per nat
     # optimization
-    lr: float = 5e-6  # AdamW; constant after the warm-up
+    lr: float = 1e-6  # AdamW; constant after the warm-up
     warmup_steps: int = 0  # linear
-    updates_per_step: int = 2  # optimizer steps per rollout batch, each on its own share of the groups
+    updates_per_step: int = 1  # optimizer steps per rollout batch, each on its own share of the groups
     # the same in every method: model, data, sampler, memory, bookkeeping
     run: common.RunConfig = common.RunConfig()
 
@@ -79,9 +83,10 @@ def loss_fn(
     counts: common.Counts,  # tokens and rows of the whole optimizer step, all ranks
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The equation above over one micro-batch: a sum, so that micro-batches and ranks add up."""
-    mask, num_tokens, num_rows = batch.policy_mask, counts.policy + counts.expert, counts.rows + counts.expert_rows
+    mask, num_tokens, num_rows = batch.policy_mask, counts.policy, counts.rows
     taught = batch.expert_mask & batch.taught[:, None]
-    w = common.token_weights(mask | taught, cfg.loss_norm, num_tokens, num_rows, cfg.max_completion_tokens)
+    total = (num_tokens + counts.expert, num_rows + counts.expert_rows)
+    w = common.token_weights(mask | taught, cfg.loss_norm, *total, cfg.max_completion_tokens)
     w, w_prefix = w * mask, w * taught
     A = batch.advantages[:, None]
     old_logprobs = common.old_logprobs(batch, logprobs)
@@ -149,6 +154,7 @@ def main(cfg: Config) -> None:
 
         log.phase("rollouts")
         problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
+        limits = [common.tokens_before_answer(problem, tokenizer) for problem in problems]
         groups: list[list[common.Rollout]] = [[] for _ in problems]
         for stage, (size, share, threshold) in enumerate(zip(cfg.sizes, cfg.shares, cfg.thresholds, strict=True)):
             log.phase("rollouts")
@@ -156,6 +162,9 @@ def main(cfg: Config) -> None:
                 prefix_tokens(len(problem.expert_ids), share, threshold, [r.reward for r in group])
                 for problem, group in zip(problems, groups, strict=True)
             ]
+            if share < 1:  # the whole trace is a row of its own, a part of it must leave something to find
+                log.add_mean("traces_cut_short", [n > limit for n, limit in zip(lengths, limits, strict=True) if n])
+                lengths = list(map(min, lengths, limits))
             asked = [i for i, problem in enumerate(problems) if lengths[i] < len(problem.expert_ids)]
             drawn = sampler.generate(
                 [problems[i] for i in asked],
@@ -172,10 +181,10 @@ def main(cfg: Config) -> None:
             ]
 
             log.phase("rewards")
-            log.add(verifier_errors=common.score(made))
+            log.add(**common.score(made))
             groups = [group + rows for group, rows in zip(groups, made, strict=True)]
+        common.log_rollouts(log, groups)
         log.add_mean("guided_rows", [r.num_expert_tokens > 0 for group in groups for r in group])
-        log.add_mean("plain_reward", [r.reward for group in groups for r in group[: cfg.sizes[0]]])
 
         log.phase("advantages")
         for group in groups:
@@ -184,7 +193,6 @@ def main(cfg: Config) -> None:
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
             mark_taught(group)
-        common.log_rollouts(log, groups)
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         log.phase("update")

@@ -16,20 +16,21 @@ over hint_steps steps and is 0 afterwards, so training ends as plain GRPO.
 Differs from grpo.py in three places: the hint, its likelihood, and the reward of a wrong answer in
 a box. It is grpo.py with no hints and with its values of the other defaults, for any hint_coef:
 
-    --hint_high 0 --hint_low 0 --format_reward 0 --kl_coef 0 --updates_per_step 1 --group_size 8
-    --problems_per_step 128 --max_completion_tokens 8192
+    --hint_high 0 --hint_low 0 --format_reward 0 --kl_coef 0 --entropy_coef 0 --updates_per_step 1
+    --group_size 8 --problems_per_step 128 --max_completion_tokens 8192
 
 Departures. Where paper and official code differ, the defaults are the code's: segments (the data
 set's steps, else lines, else sentences) regrouped into at most five chunks that span all but the
-last segment, and the mean over hint tokens (--hint_norm sum is the paper's). As in both, KL is over
-policy tokens only, and a wrong answer in a box earns 0.1. The code's entropy bonus of 0.001 is
---entropy_coef 0.001; the paper has none. Its means of micro-batch means are means over all tokens
-here. The hint counts against max_completion_tokens and opens the assistant's turn. --hint_unit
-segment and token draw from Binomial(segments) and Binomial(tokens). --schedule uniform is the
-paper's R3, every length equally likely, but only up to hint_steps.
+last segment and end before the answer, the mean over hint tokens (--hint_norm sum is the paper's),
+an entropy bonus of 0.001 (the paper has none). As in both, KL is over policy tokens only, and a
+wrong answer in a box earns 0.1, which the log's reward leaves out. The code's means of micro-batch
+means are means over all tokens here, and it has no tis_cap. The hint counts against
+max_completion_tokens and opens the assistant's turn. --hint_unit segment and token draw from
+Binomial(segments) and Binomial(tokens). The paper's R3, every length equally likely to the end of
+the run, is --schedule uniform --hint_coef 0.
 
     torchrun uft.py --model Qwen2.5-1.5B                                 one GPU
-    torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --entropy_coef 0.001        the paper's
+    torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --tis_cap 0  the paper's
     python uft.py --model tiny                                           a laptop
 """
 
@@ -59,7 +60,7 @@ class Config:
     hint_steps: int = 300  # afterwards nothing is shown
     hint_chunks: int = 5  # pieces that a trace is cut into, at most
     hint_unit: Literal["chunk", "segment", "token"] = "chunk"  # what the binomial counts
-    schedule: Literal["cosine", "uniform"] = "cosine"  # uniform: every length equally likely up to hint_steps
+    schedule: Literal["cosine", "uniform"] = "cosine"  # uniform: every length equally likely, to the end
     format_reward: float = 0.1  # of a wrong answer in a box
     # loss
     hint_coef: float = 0.001  # of the likelihood of hint tokens
@@ -72,7 +73,7 @@ class Config:
     tis_cap: float = 2.0  # largest v of grpo.py's docstring; 0: v = 1
     kl_coef: float = 0.001  # 0: no reference model is loaded
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
-    entropy_coef: float = 0.0  # bonus per nat
+    entropy_coef: float = 0.001  # bonus per nat
     # optimization
     lr: float = 1e-6  # AdamW; constant after the warm-up
     warmup_steps: int = 0  # linear
@@ -133,8 +134,6 @@ def hint_cuts(ends: list[int], unit: str, chunks: int) -> list[int]:
 def draw_hint(cuts: list[int], share: float, schedule: str, rng: np.random.Generator) -> int:
     """Tokens of one hint: k of the m chunks, k binomial, or uniform with that schedule."""
     chunks = len(cuts) - 1
-    if not share:
-        return 0
     return cuts[int(rng.integers(0, chunks + 1) if schedule == "uniform" else rng.binomial(chunks, share))]
 
 
@@ -166,8 +165,10 @@ def main(cfg: Config) -> None:
         problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
         share, hints = hint_share(step, cfg.hint_high, cfg.hint_low, cfg.hint_steps), []
         for problem in problems:
-            cuts = hint_cuts(common.episode_ends(problem, tokenizer), cfg.hint_unit, cfg.hint_chunks)
-            rng = np.random.default_rng(common.group_seed((cfg.run.seed, step, 1), problem.id))
+            shown, cut_short = common.shown_ends(problem, tokenizer)
+            log.add_mean("traces_cut_short", [cut_short])
+            cuts = hint_cuts([*shown, len(problem.expert_ids)], cfg.hint_unit, cfg.hint_chunks)
+            rng = np.random.default_rng(common.group_seed((cfg.run.seed, step, 1), problem))
             hints.append(problem.expert_ids[: draw_hint(cuts, share, cfg.schedule, rng)])
         log.add_mean("hint_fraction", [len(h) / len(p.expert_ids) for h, p in zip(hints, problems, strict=True)])
         groups = sampler.generate(
@@ -180,9 +181,9 @@ def main(cfg: Config) -> None:
         )
 
         log.phase("rewards")
-        log.add(verifier_errors=common.score(groups))
+        log.add(**common.score(groups))
+        common.log_rollouts(log, groups)
 
-        log.add_mean("correct", [r.reward for group in groups for r in group])
         for r in [r for group in groups for r in group if not r.reward]:
             r.reward = cfg.format_reward if common.boxed(common.answer_part(r.text, r.problem.thinks)) else 0.0
 
@@ -192,7 +193,6 @@ def main(cfg: Config) -> None:
             advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-        common.log_rollouts(log, groups)
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
         log.phase("update")

@@ -1,9 +1,13 @@
 """Problems: rows of a file or hub data set, recognised, rendered, tokenised and checked at load."""
 
 import gzip
+import hashlib
 import json
+import re
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -24,6 +28,15 @@ class Problem:
     expert_ids: list[int] | None
     thinks: bool = False  # the prompt ends with an open <think>: only what follows </think> is the answer
     step_ends: tuple[int, ...] = ()  # expert tokens up to the end of each step, where the data set has steps
+    score: float | None = None  # how good the trace is, where the data set says so
+    occurrence: int = 0  # how often the step has drawn this problem before
+    hinted: bool = False  # the prompt shows a part of the trace
+
+
+def group_seed(seed: tuple[int, ...], problem: Problem) -> int:
+    """A problem's samples depend on (seed, step, attempt), its id and its occurrence alone."""
+    key = (seed, problem.id, problem.occurrence) if problem.occurrence else (seed, problem.id)
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -76,6 +89,7 @@ FIELDS = {  # what a problem needs: the column names under which it is found
     "problem": ("problem", "question", "prompt"),
     "answer": ("answer", "final_answer"),
     "solution": ("solution", "response", "expert"),
+    "score": ("score",),  # of the trace; can be missing
 }
 
 
@@ -206,6 +220,15 @@ def render(problem: str | list[dict], tokenizer: Tokenizer, template: str) -> tu
     return text, ids
 
 
+def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Problem:
+    """The problem with the beginning of its trace behind the question, in the user's turn."""
+    before, question, after = tokenizer.decode(problem.prompt_ids).rpartition(problem.text)
+    if not question:
+        fail(f"problem {problem.id}: the tokenizer changes the question, so that no hint can be put behind it")
+    text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
+    return replace(problem, prompt_ids=tokenizer(text, add_special_tokens=False).input_ids, hinted=True)
+
+
 # Traces -------------------------------------------------------------------------------------------
 def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
     """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets
@@ -236,8 +259,8 @@ def steps_of(row: dict) -> list[str]:
 def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
     """Tokens up to the end of each step of a trace; () where the steps do not follow each other.
 
-    White space between two steps belongs to the first. The last step takes all the rest, the
-    answer's box and EOS included; a step that ends inside a token ends after it.
+    White space after a step belongs to it. What stands after the last one, the answer's box and
+    EOS, is one more; EOS alone belongs to the last. A step that ends inside a token ends after it.
     """
     starts, place = [], 0
     for step in filter(str.strip, steps):
@@ -246,6 +269,8 @@ def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -
             return ()
         starts.append(at)
         place = at + len(step.strip())
+    rest = solution[place:].lstrip()
+    starts += [len(solution) - len(rest)] if rest else []
     ends = {sum(begin < start for begin, _ in offsets) for start in starts[1:]}
     return (*sorted(ends), len(offsets) + 1) if ends else ()
 
@@ -253,17 +278,52 @@ def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -
 def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     """[..., len(expert_ids)]: tokens up to the end of each step of the data set, else of each line.
 
-    Sentences take the place of fewer than two lines; blank lines belong to the line before them.
+    Sentences take the place of fewer than two lines. No piece is white space or EOS alone: it
+    belongs to the piece before, at the start to the one after.
     """
     if problem.step_ends:
         return list(problem.step_ends)
-    texts = [tokenizer.decode([token]) for token in problem.expert_ids]
-    stops = [text.rstrip(" ")[-1:] for text in texts]
-    for mark in ("\n", ".!?\n"):
-        ends = [i + 1 for i, s in enumerate(stops[:-1]) if s and s in mark and texts[i + 1].strip(" ") != "\n"]
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in problem.expert_ids]
+    first = next((i for i, text in enumerate(texts) if text.strip()), len(texts))
+    for marks in (("\n",), (".", "!", "?", "\n")):
+        ends = [i for i, text in enumerate(texts, 1) if text.rstrip(" ").endswith(marks) and i > first]
+        ends = [a for a, b in pairwise([*ends, len(texts)]) if "".join(texts[a:b]).strip()]
         if ends:
             break
     return [*ends, len(texts)]
+
+
+GIVEN = re.compile(r"\\boxed|\\fbox")
+GIVEN_AFTER_THINKING = re.compile(r"\\boxed|\\fbox|</think>|\bfinal answer\b", re.IGNORECASE)
+SENTENCE = re.compile(r"(?:[^\n.!?]|[.](?=\w))+")
+AS_FINAL = (
+    r"\b(?:answer|result|conclu\w+|finally)\b.*{said}|{said} is the (?:final |right |correct )?(?:answer|result)\b"
+)
+
+
+def tokens_before_answer(problem: Problem, tokenizer: Tokenizer) -> int:
+    """How many expert tokens can be shown: those before the trace's first box, never all.
+
+    A trace that thinks gives its answer away earlier: where a sentence first states it as final, at
+    the latest where the thought is closed.
+    """
+    ids = problem.expert_ids[:-1]
+    text = tokenizer.decode(ids)
+    given = [match.start() for match in (GIVEN_AFTER_THINKING if problem.thinks else GIVEN).finditer(text)]
+    answers = {problem.answer, last_box(text)} if isinstance(problem.answer, str) else {last_box(text)}
+    for answer in filter(None, answers if problem.thinks else ()):
+        said = rf"(?<![\w.]){re.escape(answer)}(?!\w|[.]\d)"
+        as_final = re.compile(AS_FINAL.replace("{said}", said), re.IGNORECASE)
+        given += [sentence.start() for sentence in SENTENCE.finditer(text) if as_final.search(sentence[0])]
+    place = min(given, default=len(text))
+    return bisect_right(range(len(ids) + 1), place, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1
+
+
+def shown_ends(problem: Problem, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """(episode_ends but the last, as far as they do not give the answer away; whether some do)."""
+    *ends, _ = episode_ends(problem, tokenizer)
+    limit = tokens_before_answer(problem, tokenizer)
+    return [end for end in ends if end <= limit], bool(ends) and ends[-1] > limit
 
 
 def regroup(ends: list[int], pieces: int) -> list[int]:
@@ -336,7 +396,8 @@ def make_problem(
         encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
         expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
         ends = step_ends(steps_of(row), solution, encoded.offset_mapping)
-    return Problem("", question_text(found["problem"]), prompt_ids, found["answer"], expert_ids, thinks, ends)
+    score = found["score"] if isinstance(found.get("score"), (int, float)) else None
+    return Problem("", question_text(found["problem"]), prompt_ids, found["answer"], expert_ids, thinks, ends, score)
 
 
 def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, list[str]]) -> list[tuple]:

@@ -84,7 +84,7 @@ class RunLog:
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
         for phase in ("update", "rollouts"):
             if self.seconds.get(phase):
-                tokens = totals.get("completion_tokens/sum", 0.0)
+                tokens = line.get({"update": "trained_tokens", "rollouts": "sampled_tokens"}[phase], 0.0)
                 line[f"tokens_per_second_{phase}"] = round(tokens / self.seconds[phase], 1)
         line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
         self.append("metrics.jsonl", [line])
@@ -139,8 +139,11 @@ def describe_line(line: dict[str, float], steps: int) -> str:
     if "groups_mixed" in line:
         shares = (f"{name} {line[f'groups_{name}']:.2f}" for name in ("mixed", "solved", "failed"))
         shown.append(f"reward {line['reward']:.3f} | {' '.join(shares)}")
+    if "guided_reward" in line:
+        shown.append(f"guided {line['guided_reward']:.3f}")
     cut = f" cut {line['truncated']:.2f}" if "truncated" in line else ""
-    shown.append(f"len {line['completion_tokens']:6.1f}{cut}")
+    if "completion_tokens" in line:
+        shown.append(f"len {line['completion_tokens']:6.1f}{cut}")
     entropy = f"entropy {line['entropy']:.3f}" if "entropy" in line else "no row to train on"
     shown.append(f"loss {line['loss']:+.4f} {entropy} grad {line['grad_norm']:.3f}")
     seconds = {k.removeprefix("seconds_"): v for k, v in line.items() if k.startswith("seconds_") and v >= 0.05}
@@ -224,7 +227,8 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(collect(state), checkpoint_id=partial)
+    stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
+    dcp.save(collect(stepped), checkpoint_id=partial)  # torch would step an optimizer that has no state yet
     dist.barrier()
     if log.world.rank == 0:
         (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
@@ -242,9 +246,11 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
     found = complete_checkpoints(log.out) if log.cfg.run.resume else []
     extra = {"step": 0}
     if found:
-        loaded = collect(state)
+        saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata}
+        stepped = {name: entry for name, entry in state.items() if name in saved}
+        loaded = collect(stepped)
         dcp.load(loaded, checkpoint_id=found[-1])
-        for name, entry in state.items():
+        for name, entry in stepped.items():
             if isinstance(entry, tuple):
                 sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
             else:

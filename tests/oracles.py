@@ -195,9 +195,13 @@ def surrogate(c: Case, cfg: object, b: int, t: int, a: float, dual: float = 0.0)
 
 
 def kl(c: Case, cfg: object, b: int, t: int) -> Term:
-    """Per-token KL to the reference; k1 has the value of the log-ratio and the slope of k2."""
+    """Per-token KL to the reference; k1 has the value of the log-ratio and the slope of k2.
+
+    k3 is at most 10, and has no slope there.
+    """
     d = c.lp(b, t) - c.ref_logprobs[b, t].item()
-    estimates = {"k1": (d, d), "k2": (d * d / 2, d), "k3": (math.exp(-d) - 1 + d, 1 - math.exp(-d))}
+    k3 = math.exp(-d) - 1 + d
+    estimates = {"k1": (d, d), "k2": (d * d / 2, d), "k3": (k3, 1 - math.exp(-d)) if k3 < 10 else (10.0, 0.0)}
     return estimates[cfg.kl_estimator]
 
 

@@ -1,11 +1,13 @@
-"""The anchor search with a fake policy, a trace's cuts, and expert tokens that are no target."""
+"""The anchor search with a fake policy, and expert tokens that are no target."""
 
+import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 import torch
-from conftest import problem
+from conftest import byte_tokenizer, problem
 
 import bread
 import common
@@ -14,93 +16,194 @@ K, N = 10, 8
 
 
 class FakePolicy:
-    """Solves a share of its N rollouts that depends on the number of episodes shown."""
+    """In place of a sampler: right in as many of N rollouts as the episodes shown say."""
 
     def __init__(self, curves):
-        self.curves, self.calls, self.asked = curves, [], [[] for _ in curves]
+        self.curves, self.calls, self.asked, self.tokenizer = curves, [], [[] for _ in curves], byte_tokenizer()
 
-    def __call__(self, chosen, prefix_lengths, attempt):
-        self.calls.append(attempt)
+    def generate(self, problems, prefixes, n, max_tokens, temperature, seed):
+        self.calls.append(seed[-1])
         groups = []
-        for i, length in zip(chosen, prefix_lengths, strict=True):
-            self.asked[i].append(length)
-            right = self.curves[i][length]
-            ids = [1] * length + [2]
-            groups.append([common.Rollout(problem("p"), ids, length, reward=float(j < right)) for j in range(N)])
+        for question, prefix in zip(problems, prefixes, strict=True):
+            episodes = self.tokenizer.decode(prefix).count("\n")
+            self.asked[int(question.id)].append(episodes)
+            groups.append(group_of(question, self.curves[int(question.id)][episodes], prefix))
         return groups
 
 
-def search(curves, band_low=0.0, band_high=1.0, stop_on_first=True, episodes=K):
-    """A prefix is as many tokens long as it has episodes; the last episode is never offered."""
-    policy, cfg = FakePolicy(curves), bread.Config(band_low=band_low, band_high=band_high, stop_on_first=stop_on_first)
-    return policy, *bread.anchor_search(cfg, [list(range(episodes))] * len(curves), policy)
+def group_of(question, right, prefix=()):
+    """A group of N rows that continue a prefix, some of them right."""
+    ids = [*prefix, 2]
+    return [common.Rollout(question, ids, len(prefix), reward=float(j < right)) for j in range(N)]
+
+
+def search(curves, plain=0, episodes=K, **flags):
+    """(policy, groups, episodes shown, lines of the log) of one search.
+
+    A trace has as many lines as episodes; the last line is never offered. plain: right rows of the
+    plain groups, all of which are searched for where they have none.
+    """
+    trace = "".join(f"{i}\n" for i in range(episodes - 1)) + "\\boxed{1}"
+    questions = [problem("q", expert=trace, id=str(i)) for i in range(len(curves))]
+    policy, cfg, log = FakePolicy(curves), bread.Config(group_size=N, **flags), Log()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "score", lambda groups: {"sampled_tokens": 7 * len(groups)})
+        groups, log.opened = bread.anchor_search(
+            cfg, policy, log, 0, questions, [group_of(q, plain) for q in questions]
+        )
+    shown = [policy.tokenizer.decode(g[0].completion_ids[: g[0].num_expert_tokens]).count("\n") for g in groups]
+    return policy, groups, shown, log
+
+
+class Log:
+    """Keeps what a RunLog is told."""
+
+    def __init__(self):
+        self.values, self.samples, self.world = {}, [], common.World(0, 1, torch.device("cpu"))
+
+    def phase(self, name):
+        pass
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value
+
+    def add_mean(self, name, values):
+        self.values[name] = sum(values) / max(len(values), 1)
+
+
+def right(group):
+    """How many rows of a group are right."""
+    return sum(r.reward for r in group)
 
 
 RAMP = [min(N, max(0, 2 * (j - 3))) for j in range(K)]
 
 
-def test_a_mixed_group_is_found_whenever_there_is_one():
-    """On a monotone curve with a mixed value that bisection can see, the group is mixed."""
+def test_the_shortest_prefix_in_the_band_is_found():
+    """On a monotone curve, from the first mixed length on; every length is probed at most once."""
     for first, width in itertools.product(range(1, K), range(1, 5)):
         curve = [0 if j < first else (4 if j < first + width else N) for j in range(K)]
-        policy, found, anchors, rounds = search([curve])
-        assert 0 < sum(r.reward for r in found[0]) < N
-        assert found[0][0].num_expert_tokens == anchors[0] == len(found[0][0].completion_ids) - 1
-        assert rounds <= math.ceil(math.log2(K)) and len(set(policy.asked[0])) == len(policy.asked[0])
+        policy, groups, shown, log = search([curve])
+        assert shown == [first] and right(groups[0]) == 4 and log.values["search_mixed"] == 1
+        assert groups[0][0].num_expert_tokens == 2 * first == len(groups[0][0].completion_ids) - 1
+        assert log.values["search_rounds_max"] <= math.ceil(math.log2(K))
+        assert len(set(policy.asked[0])) == len(policy.asked[0])
+
+
+def test_stop_on_first_takes_the_first_mixed_group():
+    """Success from one episode on: half of the trace is shown, where one episode would do."""
+    policy, _, shown, _ = search([[0] + [4] * (K - 1)], stop_on_first=True)
+    assert shown == [5] and policy.asked == [[5]]
+    assert search([[0] + [4] * (K - 1)])[2] == [1]
 
 
 def test_the_number_of_generate_calls():
     """At most ceil(log2 K) for any number of problems and answers, each length probed once."""
     for bits in itertools.product([0, 4, N], repeat=5):
         curves = [[0, *bits, *bits][:K] + [N] * 2, [0] * K, [0] + [N] * K, RAMP]
-        policy, found, _, rounds = search([c[:K] for c in curves])
-        assert rounds == len(policy.calls) <= math.ceil(math.log2(K))
-        assert policy.calls == list(range(1, rounds + 1))
+        policy, _, shown, log = search([c[:K] for c in curves])
+        assert log.values["search_rounds_max"] == len(policy.calls) <= math.ceil(math.log2(K))
+        assert policy.calls == list(range(1, len(policy.calls) + 1))
         for asked in policy.asked:
             assert len(set(asked)) == len(asked) and 0 not in asked and max(asked, default=0) < K
-        assert found[1] is None
+        assert shown[1] == 0
 
 
-def test_the_minimal_succeeding_prefix_with_a_closed_band():
-    """Any success accepted, searched to the end: the shortest prefix of a monotone policy."""
-    for first in range(1, K):
-        for value in (1, 4, N):
-            curve = [0 if j < first else value for j in range(K)]
-            _, found, anchors, _ = search([curve], band_high=1.1, stop_on_first=False)
-            assert anchors == [first] and sum(r.reward for r in found[0]) == value
+@pytest.mark.parametrize("stop_on_first", [False, True])
+@pytest.mark.parametrize("trigger", ["all_fail", "always"])
+@pytest.mark.parametrize("band", [(0.0, 1.0), (0.3, 0.6), (0.3, 1.1)])
+@pytest.mark.parametrize("plain", [0, 2, 4, N])
+def test_the_best_group_that_was_seen_is_taken(plain, band, trigger, stop_on_first):
+    """In the band, then mixed, then with a success, then shorter: of plain group and probes."""
+    draw = random.Random(repr((plain, band, trigger, stop_on_first)))
+    curves = [[plain, *(draw.choice([0, 0, 1, 2, 3, 4, 6, N]) for _ in range(K - 1))] for _ in range(60)]
+    flags = {"band_low": band[0], "band_high": band[1], "trigger": trigger, "stop_on_first": stop_on_first}
+    policy, groups, shown, _ = search(curves, plain, **flags)
+    searched = not band[0] < plain / N < band[1] if trigger == "always" else plain == 0
+    for curve, asked, group, episodes in zip(curves, policy.asked, groups, shown, strict=True):
+        assert bool(asked) == searched
+
+        def rank(j, curve=curve):
+            rate = curve[j] / N
+            return (band[0] < rate < band[1], 0 < rate < 1, rate > 0, -j)
+
+        assert episodes == max([0, *asked], key=rank) and right(group) == curve[episodes]
+
+
+def test_a_mixed_group_below_the_band_beats_an_all_right_one():
+    """Band (0.3, 0.6), a quarter right with five lines, all with seven: five lines are trained."""
+    _, groups, shown, _ = search([[0] * 5 + [2, 2] + [N] * 3], band_low=0.3, band_high=0.6)
+    assert shown == [5] and right(groups[0]) == 2
+
+
+def test_always_keeps_a_plain_group_unless_a_better_one_is_found():
+    """A mixed plain group is not searched; an all right one not replaced by another all right."""
+    policy, groups, shown, _ = search([[2] + [N] * (K - 1)], plain=2, trigger="always")
+    assert shown == [0] and right(groups[0]) == 2 and policy.calls == []
+    _, groups, shown, _ = search([[N] * K], plain=N, trigger="always")
+    assert shown == [0] and right(groups[0]) == N
 
 
 def test_a_sharp_step_takes_the_shortest_succeeding_prefix():
-    """From all wrong to all right: no group is in the band, the shortest right one stays."""
-    _, found, anchors, _ = search([[0] * 6 + [N] * 4])
-    assert anchors == [6] and all(r.reward for r in found[0])
+    """From all wrong to all right: no group is mixed, the shortest right one is taken."""
+    _, groups, shown, log = search([[0] * 6 + [N] * 4])
+    assert shown == [6] and right(groups[0]) == N and log.values["search_mixed"] == 0
 
 
 def test_nothing_helps():
-    """No group and no anchor where every prefix fails."""
-    _, found, anchors, _ = search([[0] * K])
-    assert found == [None] and anchors == [0]
+    """The plain group stays where every prefix fails, and its trace counts as opened."""
+    _, groups, shown, log = search([[0] * K])
+    assert shown == [0] and right(groups[0]) == 0 and log.opened == ["0"]
 
 
 def test_one_episode_or_none_ends_at_once():
     """A trace with nothing to show is not probed, and no problem at all is no round."""
-    policy, found, _, rounds = search([[0], [0]], episodes=1)
-    assert found == [None, None] and rounds == 0 and policy.calls == []
-    assert search([])[3] == 0
+    for curves, flags in (([[0], [0]], {"episodes": 1}), ([[0] * K] * 2, {"num_episodes": 1}), ([], {})):
+        policy, _, shown, log = search(curves, **flags)
+        assert shown == [0] * len(curves) and log.values["search_rounds_max"] == 0 and policy.calls == []
+        assert log.opened == [""] * len(curves)
 
 
-def test_band():
-    """A success rate at or below the band is too hard, at or above it too easy."""
-    _, found, _, _ = search([RAMP], band_low=0.3, band_high=0.6)
-    assert 0.3 < sum(r.reward for r in found[0]) / N < 0.6
+def test_what_a_search_logs():
+    """One of ten lines shown is a depth of a tenth or so; probes and their tokens are counted."""
+    policy, _, _, log = search([[0, 4] + [N] * 8, [0] * K])
+    probes = sum(map(len, policy.asked))
+    assert log.values["probes"] == probes and log.values["probe_tokens"] == log.values["sampled_tokens"] == 7 * probes
+    assert log.values["anchor_depth"] == pytest.approx(2 / 28) and log.values["search_mixed"] == 0.5
+    assert log.values["guided_reward"] == 0.5 and log.values["search_rate"] == 1
+    assert log.values["traces_cut_short"] == 0
 
 
 def test_a_group_has_one_anchor_and_its_advantages_sum_to_zero():
     """The group that is found is one group: the same prefix in all its rows."""
-    _, found, _, _ = search([RAMP])
-    assert len({r.num_expert_tokens for r in found[0]}) == 1
-    advantages = common.group_advantages(torch.tensor([[r.reward for r in found[0]]]), True)
+    _, groups, _, _ = search([RAMP])
+    assert len({r.num_expert_tokens for r in groups[0]}) == 1
+    advantages = common.group_advantages(torch.tensor([[r.reward for r in groups[0]]]), True)
     assert advantages.sum().abs() < 1e-6 and advantages.abs().max() > 0
+
+
+def test_a_hint_in_the_users_turn(tokenizer):
+    """Behind the question, before what the template adds; nothing of it is a completion."""
+    question = problem("Question? Now.", expert="one\ntwo\n\\boxed{1}", id="0")
+    question = dataclasses.replace(question, text="Question?")
+    seen = []
+
+    class User(FakePolicy):
+        def generate(self, problems, prefixes, *rest):
+            seen.extend(tokenizer.decode(p.prompt_ids) for p in problems)
+            assert prefixes is None and all(p.id == "0" and p.answer == "1" for p in problems)
+            return [group_of(p, 4) for p in problems]
+
+    cfg, log = bread.Config(group_size=N, prefix_site="user"), Log()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "score", lambda groups: {"sampled_tokens": 0})
+        groups, _ = bread.anchor_search(cfg, User([]), log, 0, [question], [group_of(question, 0)])
+    assert seen == ["Question?\n\nThe solution begins like this:\none\n\n Now."]
+    assert groups[0][0].num_expert_tokens == 0 and groups[0][0].problem.hinted
+    assert log.values["guided_reward"] == 0.5 and log.values["reward"] == 0, "no hinted row is one of the policy's own"
+    with pytest.raises(SystemExit, match="problem 0: the tokenizer changes the question"):
+        common.with_hint(dataclasses.replace(question, text="Another?"), [5], tokenizer)
 
 
 def test_the_prefix_gets_no_gradient(world):
@@ -122,40 +225,3 @@ def test_the_prefix_gets_no_gradient(world):
         results.append((loss.item(), moved.grad))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert counts == common.Counts(policy=5, expert=4, rows=2, expert_rows=0)
-
-
-def test_cuts_are_on_tokens_and_lines(tokenizer):
-    """Ten episodes of 23 lines: each ends with a line, and the last, the answer's, has no cut."""
-    trace = "".join(f"line {i}\n" for i in range(22)) + "\\boxed{1}"
-    question = problem("q", expert=trace)
-    cuts = bread.episode_cuts(question, tokenizer, 10, False)
-    assert len(cuts) == 10 and cuts[0] == 0 and cuts[-1] < len(question.expert_ids) and cuts == sorted(set(cuts))
-    shown = [tokenizer.decode(question.expert_ids[:cut]) for cut in cuts]
-    assert all(trace.startswith(text) and text.endswith("\n") for text in shown[1:])
-    assert [text.count("\n") for text in shown[1:]] == [round(i * 23 / 10) for i in range(1, 10)]
-
-
-@pytest.mark.parametrize(
-    ("trace", "pieces"), [("a\nb\n\\boxed{1}", 3), ("One. Two! Three \\boxed{1}", 3), ("nothing to cut \\boxed{1}", 1)]
-)
-def test_few_pieces(trace, pieces, tokenizer):
-    """A trace with fewer lines, or sentences, has fewer episodes; one alone shows nothing."""
-    cuts = bread.episode_cuts(problem("q", expert=trace), tokenizer, 10, False)
-    assert len(cuts) == pieces and cuts[0] == 0
-
-
-def test_blank_lines_belong_to_the_line_before(tokenizer):
-    """An episode never begins with a blank line."""
-    question = problem("q", expert="a\n\n\nb\n\n\\boxed{1}")
-    cuts = bread.episode_cuts(question, tokenizer, 10, False)
-    assert [tokenizer.decode(question.expert_ids[a:b]) for a, b in itertools.pairwise(cuts)] == ["a\n\n\n", "b\n\n"]
-
-
-def test_leak_check(tokenizer):
-    """No prefix that is shown holds the answer's text, which a trace may name before its end."""
-    question = problem("q", answer="72", expert="6*6=36\n36+36=72\nso 72\n\\boxed{72}")
-    assert len(bread.episode_cuts(question, tokenizer, 10, False)) == 4
-    shown = [tokenizer.decode(question.expert_ids[:c]) for c in bread.episode_cuts(question, tokenizer, 10, True)]
-    assert shown == ["", "6*6=36\n"]
-    numbers = common.Problem("n", "", [0], {"target": 72, "nums": [6]}, question.expert_ids)
-    assert len(bread.episode_cuts(numbers, tokenizer, 10, True)) == 4  # Countdown's answer is no text

@@ -3,13 +3,13 @@
 import gzip
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 from conftest import run_script
 from datasets import Dataset
 
-import bread
 import common
 import uft
 from core import data
@@ -134,6 +134,17 @@ def test_a_hub_name_with_a_dot(tokenizer, monkeypatch):
     assert problem.answer == "2"
 
 
+def test_score(tmp_path, tokenizer):
+    """The number in the column `score`, or in one that --columns names; None where it is none."""
+    scores = [0, 0.5, 3, -1, math.inf, None, "0.5", [1]]
+    rows = [GOOD | {"score": score, "rating": 2 * i} for i, score in enumerate(scores)] + [GOOD]
+    assert [p.score for p in load(tmp_path, rows, tokenizer)] == [0, 0.5, 3, -1, math.inf, None, None, None, None]
+    assert [p.score for p in load(tmp_path, rows, tokenizer, columns="score=rating")][:3] == [0, 2, 4]
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list([GOOD | {"score": score} for score in (0.5, None)]).to_parquet(str(path))
+    assert [p.score for p in common.load_problems(str(path), tokenizer, **LIMITS)] == [0.5, None]
+
+
 def test_math_style(tmp_path, tokenizer):
     """MATH has no column for the answer: it is in the solution's box."""
     row = {"problem": "1+1?", "level": "Level 3", "type": "Algebra", "solution": "So $1+1=\\boxed{2}$."}
@@ -189,17 +200,19 @@ def test_the_gate(text, reward):
 
 
 def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path, capsys):
-    """Countdown's own steps: the last one has the answer, so that no hint shows it."""
+    """All of Countdown's own steps can be shown, as in the official hints; the box cannot."""
     problem = sample("countdown", tokenizer)[0]
-    shown = [tokenizer.decode(problem.expert_ids[:c]) for c in bread.episode_cuts(problem, tokenizer, 10, False)]
-    assert shown == ["", "19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
-    cuts = uft.hint_cuts(common.episode_ends(problem, tokenizer), "chunk", 5)
-    assert tokenizer.decode(problem.expert_ids[: cuts[-1]]) == shown[2]
+    ends, cut_short = common.shown_ends(problem, tokenizer)
+    shown = [tokenizer.decode(problem.expert_ids[:end]) for end in ends]
+    last = "19 + 35 = 54\n44 + 54 = 98\nTherefore, the final equation is 44 + (19 + 35)\n"
+    assert shown == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n", last] and not cut_short
+    assert uft.hint_cuts([*ends, len(problem.expert_ids)], "chunk", 5) == [0, *ends]
     lines = GOOD | {"solution": "ab cd\nef \\boxed{2}"}
     for steps, wanted in (
-        (["ab ", "cd\n", "ef"], ["ab ", "ab cd\n"]),
+        (["ab ", "cd\n", "ef"], ["ab ", "ab cd\n", "ab cd\nef "]),
         (["ab", "cd", "ef \\boxed{2}"], ["ab ", "ab cd\n"]),
-        (["ab", "cd"], ["ab "]),
+        (["ab", "cd"], ["ab ", "ab cd\n"]),
+        (["ab cd"], ["ab cd\n"]),
     ):
         (problem,) = load(tmp_path, [lines | {"steps": steps}], tokenizer)
         assert [tokenizer.decode(problem.expert_ids[:end]) for end in problem.step_ends[:-1]] == wanted
@@ -339,9 +352,9 @@ def test_countdown_rows(tokenizer):
     assert text.endswith("\\boxed{44 + (19 + 35)}<eos>")
     wrong = text.replace("98", "99").replace("35)}", "36)}")
     assert common.verify([text, wrong], [problems[0].answer] * 2)[0] == [1.0, 0.0]
-    cuts = bread.episode_cuts(problems[0], tokenizer, 10, False)
-    shown = [tokenizer.decode(problems[0].expert_ids[:c]) for c in cuts[1:]]
-    assert shown == ["19 + 35 = 54\n", "19 + 35 = 54\n44 + 54 = 98\n"]
+    assert all(
+        "boxed" not in tokenizer.decode(p.expert_ids[: common.shown_ends(p, tokenizer)[0][-1]]) for p in problems
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ CASES = {
     "importance": (grpo, {"tis_cap": 1.5}),
     "unclipped": (grpo, {"clip_low": -1.0, "clip_high": -1.0}),
     "updates": (grpo, {"updates_per_step": 2, "lr": 0.01, "tis_cap": 1.5, "kl_coef": 0.3}),
-    "bread": (bread, {"trigger": "always", "kl_coef": 0.3, "entropy_coef": 0.2, "loss_norm": "sequence"}),
+    "bread": (bread, {"kl_coef": 0.3, "entropy_coef": 0.2, "loss_norm": "sequence"}),
     "sft": (sft, {}),
     "llama": (grpo, {"architecture": "llama", "entropy_coef": 0.2}),
 }
@@ -71,13 +71,21 @@ def fixed_generate(problems, prefixes, n, max_tokens, temperature, seed):
     return groups
 
 
+def fixed_hints(problems, prefixes, *rest):
+    """The same, but nothing is right without a prefix: a group that BREAD replaces."""
+    groups = fixed_generate(problems, prefixes, *rest)
+    for row in (row for group in groups for row in group if prefixes is None):
+        row.reward = 0.0
+    return groups
+
+
 def update(method: ModuleType, split: str, architecture: str = "qwen2", **flags: object) -> Found:
     """The gradients that the method's main clips, and its line of metrics."""
     models = [random_model(architecture, seed, torch.float64) for seed in (0, 1)]
     problems = split_problems(split)
     known = {name: value for name, value in FLAGS.items() if hasattr(method.Config, name)}
     flags = {"problems_per_step": len(problems), "tokens_per_microbatch": 10**6} | known | flags
-    return one_step(method, models, fixed_generate, problems, **flags)
+    return one_step(method, models, fixed_hints if method is bread else fixed_generate, problems, **flags)
 
 
 def updates() -> dict[tuple[str, str], Found]:

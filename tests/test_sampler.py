@@ -1,5 +1,8 @@
 """The sampler against the trainer: same log-probabilities, same weights, randomness per problem."""
 
+import dataclasses
+import hashlib
+
 import pytest
 import torch
 from conftest import problem, random_model
@@ -148,6 +151,28 @@ def test_draw_sees_every_problem_once_per_epoch_on_any_number_of_ranks():
         assert [set(step) for step in steps] == single
     orders = [[p.id for p in common.draw(problems, 10, 0, seed, one)] for seed in (7, 8)]
     assert orders[0] != orders[1]
+
+
+def test_the_first_draw_keeps_its_seed():
+    """Samples go by (seed, step, attempt) and id; only those of a second draw by its number."""
+    (question,) = questions(1)
+    digest = hashlib.blake2b(repr(((0, 3, 1), "id0")).encode(), digest_size=7).digest()
+    assert common.group_seed((0, 3, 1), question) == int.from_bytes(digest, "big")
+    seeds = [common.group_seed((0, 3, 1), dataclasses.replace(question, occurrence=k)) for k in range(9)]
+    assert len(set(seeds)) == 9 and seeds[0] == common.group_seed((0, 3, 1), question)
+
+
+@pytest.mark.parametrize(("rows", "n", "step"), [(1, 4, 0), (3, 8, 0), (3, 4, 2), (5, 7, 3)])
+def test_a_problem_drawn_twice_is_sampled_twice(rows, n, step, sampler):
+    """Few problems, or an epoch's border in the step: as many different groups as draws."""
+    problems, groups = questions(rows), {}
+    for size in (1, 2, 3):
+        ranks = [common.World(rank, size, torch.device("cpu")) for rank in range(size)]
+        drawn = [common.draw(problems, n, step, 7, rank) for rank in ranks]
+        made = [sampler.generate(mine, None, 2, 12, 1.0, (7, step, 0)) for mine in drawn]
+        groups[size] = sorted((g[0].problem.id, *(tuple(r.completion_ids) for r in g)) for part in made for g in part)
+    assert len(set(groups[1])) == n > len({group[0] for group in groups[1]})
+    assert groups[1] == groups[2] == groups[3]
 
 
 def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, world):

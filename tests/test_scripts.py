@@ -129,7 +129,7 @@ def test_updates_and_zero_variance_flags(tmp_path):
     """Two updates, KL, entropy, checkpointed activations and dropped groups run together."""
     flags = "--updates_per_step 2 --zero_variance drop --kl_coef 0.1 --kl_estimator k2 --entropy_coef 0.01"
     flags += " --loss_norm constant --checkpoint_activations --warmup_steps 2 --group_size 4"
-    flags += " --trigger always --no-stop_on_first --leak_check"
+    flags += " --trigger always --stop_on_first --prefix_site user"
     run_script("bread.py", "--model", "tiny", *SMALL, *flags.split(), "--out", str(tmp_path))
     assert all("kl" in row or row["grad_norm"] == 0 for row in read_metrics(tmp_path)[:-1])
 

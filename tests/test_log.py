@@ -1,0 +1,95 @@
+"""The headline is of what the policy wrote alone, in every file; what was sampled is counted."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import problem, random_model
+from one_step import one_step
+from test_method_updates import PLAIN, PROBLEMS
+
+import common
+from core.config import flat
+from results.methods import METHODS
+
+ONLINE = [method.name for method in METHODS if "sft" not in (method.name, method.parent)]
+FLAGS = {"trapo": {"problems_per_step": 4, "updates_per_step": 1}, "uft": {"hint_high": 0.5, "hint_low": 0.5}}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_the_headline_is_of_what_the_policy_wrote_alone(name, world):
+    """A policy that is right where the expert began and nowhere else has reward 0."""
+    made = []
+
+    def generate(problems, prefixes, n, *rest):
+        groups = []
+        for question, prefix in zip(problems, prefixes or [[]] * len(problems), strict=True):
+            ids = [*prefix, *[7] * (3 + len(question.prompt_ids))]
+            row = {"num_expert_tokens": len(prefix), "sampler_logprobs": [-1.0] * (len(ids) - len(prefix))}
+            groups.append([common.Rollout(question, ids, **row, reward=float(bool(prefix))) for _ in range(n)])
+        made.extend(groups)
+        return groups
+
+    method, flags = importlib.import_module(name), PLAIN | {"loss_norm": "token"} | FLAGS.get(name, {})
+    known = {flag: value for flag, value in flags.items() if flag in flat(method.Config())}
+    models = [random_model("qwen2", 0, torch.float64) for _ in range(2)]
+    _, (line,) = one_step(method, models, generate, PROBLEMS, **known)
+    rows = [row for group in made for row in group]
+    plain = [row for row in rows if not row.num_expert_tokens]
+    assert plain and line["reward"] == 0
+    assert (line["groups_mixed"], line["groups_solved"], line["groups_failed"]) == (0, 0, 1)
+    assert line["completion_tokens"] == sum(len(row.completion_ids) for row in plain) / len(plain)
+    assert line["truncated"] == 1
+    helped = name in ("luffy", "srft", "prefix_rft", "uft", "bread", "trapo")
+    assert line.get("guided_reward") == (1 if helped else None)
+    sampled = sum(len(row.sampler_logprobs) for row in rows)
+    assert line["sampled_tokens"] == sampled
+    seconds = sampled / line["tokens_per_second_rollouts"]
+    assert seconds == pytest.approx(line["seconds_rollouts"], abs=1e-4)
+
+
+def test_without_a_row_of_its_own_there_is_no_headline(world, capsys):
+    """UFT with a hint in every row: no reward of the policy alone, in the file and in the line."""
+
+    def generate(problems, prefixes, n, *rest):
+        return [
+            [common.Rollout(p, [*prefix, 7], len(prefix), [-1.0], reward=float(i % 2)) for i in range(n)]
+            for p, prefix in zip(problems, prefixes, strict=True)
+        ]
+
+    flags = PLAIN | {"hint_high": 1.0, "hint_low": 1.0, "format_reward": 0.1}
+    long = [problem("q", expert="a\nb\n\\boxed{1}", id=str(i)) for i in range(4)]
+    models = [random_model("qwen2", 0, torch.float64)]
+    _, (line,) = one_step(importlib.import_module("uft"), models, generate, long, **flags)
+    assert not {"reward", "groups_mixed", "completion_tokens", "truncated"} & set(line) and line["guided_reward"] == 0.5
+    assert "guided 0.500 | loss" in capsys.readouterr().out
+
+
+def test_a_format_reward_is_no_success(world):
+    """UFT's 0.1 for a wrong answer in a box: the group is failed, its reward 0."""
+
+    def generate(problems, prefixes, n, *rest):
+        return [[common.Rollout(p, [7, 8], 0, [-1.0] * 2, text="\\boxed{9}") for _ in range(n)] for p in problems]
+
+    flags = PLAIN | {"hint_high": 0.0, "hint_low": 0.0, "format_reward": 0.1}
+    models = [random_model("qwen2", 0, torch.float64)]
+    _, (line,) = one_step(importlib.import_module("uft"), models, generate, PROBLEMS, **flags)
+    assert line["groups_failed"] == 1 and line["groups_solved"] == 0 and line["reward"] == 0
+
+
+def test_partial_rewards_solve_nothing():
+    """Solved and failed go by rewards of 1; mixed by rewards that differ."""
+
+    class Log:
+        values: dict = {}
+        samples: list = []
+
+        def add_mean(self, name, values):
+            self.values[name] = [float(value) for value in values]
+
+    log, question = Log(), problem("q")
+    rewards = [[0.1, 0.1], [0.1, 0.0], [1.0, 0.1], [1.0, 1.0]]
+    groups = [[common.Rollout(question, [1], reward=r) for r in group] for group in rewards]
+    common.log_rollouts(log, groups)
+    assert log.values["groups_mixed"] == [0, 1, 1, 0] and log.values["groups_solved"] == [0, 0, 0, 1]
+    assert log.values["groups_failed"] == [1, 1, 0, 0]
