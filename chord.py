@@ -15,7 +15,10 @@ has learned and from those that would break it.
 Differs from grpo.py in the expert rows of a step and in the mix of the two losses. It is grpo.py
 with --mu_peak 0 --mu_valley 0 --problems_per_step 128. Where both are 1 the loss is sft.py's.
 
-Departures. The official SFT and GRPO means are per micro-batch, and its ratio has a dual clip of 3.
+Departures. The defaults are those of the official file's comments on CHORD-mu; the file itself has
+--mu_peak 0.5 --mu_valley 0.02 --mu_warmup 200 --mu_decay 400 --phi. The official SFT and GRPO means
+are per micro-batch. Its ratio has the sampler's log-probabilities below (here those of the policy
+before the update, with v), no tis_cap, and a dual clip of 3 where A < 0.
 
     torchrun chord.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 chord.py --model Qwen2.5-7B-Instruct --max_completion_tokens 10240
@@ -108,7 +111,7 @@ def sft_share(step: int, peak: float, valley: float, warmup: int, decay: int) ->
     """mu above at a 0-based step."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, decay))
+    done = min(1.0, (step + 1 - warmup) / max(1, decay))
     return valley + 0.5 * (peak - valley) * (1 + math.cos(math.pi * done))
 
 

@@ -6,23 +6,27 @@ and the problem's expert trace is imitated instead; otherwise the group trains b
 trace is not used. Both kinds meet in one update.
 
     more than gate rows right:  rows = the group             otherwise:  rows = the expert's trace
-    loss = GRPO's over policy tokens  -  sft_coef / num_expert sum_t logprobs over expert tokens
+    loss = (1 - q) GRPO's over policy tokens  -  sft_coef q / num_expert sum_t logprobs over
+           expert tokens,        q = the share of the update's problems that are imitated
 
+So each problem has one vote, however many tokens it has: the paper's mixture is one per problem.
 This is ReLIFT without its buffer and second optimizer. Differs from grpo.py in three places: the
 gate, the SFT term, the skipped updates. It is grpo.py without them and with its other defaults:
 
     --gate -1 --skip_above 0 --scale_by_std --loss_norm token --clip_low 0.2 --clip_high 0.2
-    --lr 1e-6 --updates_per_step 1
+    --entropy_coef 0 --lr 1e-6 --updates_per_step 1
 
-Departures. The defaults are the official script's but for its entropy bonus of 0.001: no std, no
-clip, a sum over tokens / max_completion_tokens for the RL term (here also / rows that passed the
-gate) and a token mean for SFT, sft_coef 1 (0.3 at 1.5B), gate 0 (2 for Llama), and no update where
-the gradient norm exceeds skip_above. The ratio of the two terms depends on the lengths; without
-the rows the script's RL term weighs 12 to 56 times as much beside SFT (at 64 rows a rank).
+Departures. The defaults are the official script's: no std, no clip, a sum over tokens /
+max_completion_tokens (here also / rows), sft_coef 1 (0.3 at 1.5B), gate 0 (2 for Llama), no update
+where the gradient norm exceeds skip_above. Without q and the rows, at 64 rows a rank, its RL term
+weighs 8 to 20 times ours beside SFT (12 to 56 times that of two plain means): --sft_coef 0.12. On
+its scale the clip at 1.0 is 0.016 here, the skip at 80 is 1.25, the entropy bonus 0.00026, and it
+covers the traces too. It has no tis_cap.
 
     torchrun hpt.py --model Qwen2.5-1.5B                                 one GPU
     torchrun --nproc_per_node 8 hpt.py --model Qwen2.5-Math-7B --rope_theta 40000 \
-        --max_positions 16384                                            the paper's
+        --max_positions 16384 --sft_coef 0.12 --grad_clip 0.016 --skip_above 1.25 \
+        --entropy_coef 0.00026 --tis_cap 0                               the paper's
     python hpt.py --model tiny                                           a laptop
 """
 
@@ -46,7 +50,7 @@ class Config:
     temperature: float = 1.0  # of sampler and log-probabilities alike
     gate: int = 0  # groups with at most this many right rows become SFT; negative: no gate
     # loss
-    sft_coef: float = 1.0  # of the expert's traces
+    sft_coef: float = 1.0  # of the expert's traces, beside their share of the problems
     scale_by_std: bool = False  # divide the advantage by the group's std
     zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: keep them in w, or drop them
     loss_norm: Literal["token", "sequence", "constant"] = "constant"  # w of grpo.py's docstring
@@ -55,7 +59,7 @@ class Config:
     tis_cap: float = 2.0  # largest v of grpo.py's docstring; 0: v = 1
     kl_coef: float = 0.0  # 0: no reference model is loaded
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # per-token estimate of KL(policy || reference)
-    entropy_coef: float = 0.0  # bonus per nat
+    entropy_coef: float = 0.001  # bonus per nat
     # optimization
     lr: float = 5e-6  # AdamW; constant after the warm-up
     warmup_steps: int = 0  # linear
@@ -76,7 +80,8 @@ def loss_fn(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The equation above over one micro-batch: a sum, so that micro-batches and ranks add up."""
     mask, num_tokens, num_rows = batch.policy_mask, counts.policy, counts.rows
-    w = common.token_weights(mask, cfg.loss_norm, num_tokens, num_rows, cfg.max_completion_tokens)
+    q = counts.expert_rows / max(num_rows / cfg.group_size + counts.expert_rows, 1)
+    w = (1 - q) * common.token_weights(mask, cfg.loss_norm, num_tokens, num_rows, cfg.max_completion_tokens)
     A = batch.advantages[:, None]
     old_logprobs = common.old_logprobs(batch, logprobs)
     v = common.importance_weights(batch, old_logprobs, cfg.tis_cap)
@@ -95,7 +100,7 @@ def loss_fn(
         loss = loss - cfg.entropy_coef * (w * entropy).sum()
     sft_loss = -common.token_mean(logprobs, batch.expert_mask, counts.expert)
     metrics["sft_loss"] = sft_loss.detach()
-    loss = loss + cfg.sft_coef * sft_loss if counts.expert else loss
+    loss = loss + cfg.sft_coef * q * sft_loss if counts.expert else loss
     return loss, metrics | {"loss": loss.detach()}
 
 

@@ -19,13 +19,15 @@ It is grpo.py with --expert_rows 0 and grpo.py's own values of the other default
     --updates_per_step 1
 
 Departures. Where paper and official script differ, the defaults are the script's: no std, a sum
-over tokens / max_completion_tokens (here also / rows), no clip (paper: 0.2 on both sides for policy
-tokens; expert tokens are never clipped), entropy 0.001 (paper: 0.01). Z of the paper's equation 5
-is --loss_norm token. The entropy bonus has the loss's weights; the official one, a mean over each
-micro-batch, weighs a quarter as much. --gamma -1 is the ablation with an unshaped mixed policy.
+over tokens / max_completion_tokens, no clip (paper: 0.2 on both sides for policy tokens; expert
+tokens are never clipped), entropy 0.001 (paper: 0.01). Z of the paper's equation 5 is --loss_norm
+token. The script does not divide by its 64 rows a rank, and its entropy bonus is a mean of each
+micro-batch: on our scale its grad_clip is 0.016 and its entropy_coef 0.00026. It has no tis_cap.
+--gamma -1 is the ablation with an unshaped mixed policy.
 
     torchrun luffy.py --model Qwen2.5-1.5B                               one GPU
-    torchrun --nproc_per_node 8 luffy.py --model Elliott/Qwen2.5-Math-7B-16k-think      the paper's
+    torchrun --nproc_per_node 8 luffy.py --model Elliott/Qwen2.5-Math-7B-16k-think \
+        --grad_clip 0.016 --entropy_coef 0.00026 --tis_cap 0             the paper's
     python luffy.py --model tiny                                         a laptop
 """
 

@@ -19,13 +19,17 @@ Departures. The paper, the official code as others report it, and HPT's own SRFT
 H in w_sft: -1 (paper, HPT), official +1. Policy rows: the official advantage x ratio, because
 equation 12 (pm1; HPT) pushes every wrong row down without bound when few are right. Expert tokens
 are shaped as in both codes; the paper's p is --gamma -1. The paper does not say over what H is
-averaged: the default is HPT's mean of the row; --entropy_scope token is the other. The paper
-divides A by the std (--scale_by_std), HPT does not. Its ablations are --sft_coef 1
---sft_entropy_sign 0 and --positive_coef 1 --positive_entropy_sign 0. The denominators differ on
-purpose: a token mean for the imitation, --loss_norm for the rest.
+averaged: the default is HPT's mean of the row; token is what quotations of the authors' code show,
+batch the mean of the update. The paper divides A by the std (--scale_by_std), HPT does not. Its
+ablations are --sft_coef 1 --sft_entropy_sign 0 and --positive_coef 1 --positive_entropy_sign 0. The
+denominators differ on purpose: a token mean for the imitation, --loss_norm for the rest, near the
+paper's expectations; in HPT's code, which does not divide by its 64 rows a rank, RL weighs 16 times
+as much beside imitation (--sft_coef 0.03), grad_clip is 0.016 and entropy_coef 0.00026 on our
+scale, and there is no tis_cap.
 
     torchrun srft.py --model Qwen2.5-1.5B                                one GPU
-    torchrun --nproc_per_node 8 srft.py --model Elliott/Qwen2.5-Math-7B-16k-think       the paper's
+    torchrun --nproc_per_node 8 srft.py --model Elliott/Qwen2.5-Math-7B-16k-think \
+        --grad_clip 0.016 --entropy_coef 0.00026 --tis_cap 0             the paper's
     python srft.py --model tiny                                          a laptop
 """
 
@@ -59,7 +63,7 @@ class Config:
     positive_entropy_sign: Literal[-1, 0, 1] = 1  # of H in their weight; 0: no entropy
     sft_coef: float = 0.5  # of the imitation of expert tokens
     sft_entropy_sign: Literal[-1, 0, 1] = -1  # of H in its weight; 0: no entropy
-    entropy_scope: Literal["row", "token"] = "row"  # H in both weights: the row's mean, or the token's own
+    entropy_scope: Literal["row", "token", "batch"] = "row"  # of H in both weights: mean of row, of update, or none
     gamma: float = 0.1  # of the shaping f(p) = p / (p + gamma) on expert tokens; negative: f(p) = p
     tis_cap: float = 2.0  # largest v of grpo.py's docstring; 0: v = 1
     kl_coef: float = 0.0  # 0: no reference model is loaded
@@ -81,6 +85,7 @@ def loss_fn(
     entropy: Tensor,  # (B, T) of the policy
     ref_logprobs: Tensor | None,  # (B, T) of the frozen reference; None without KL
     counts: common.Counts,  # tokens and rows of the whole optimizer step, all ranks
+    mean_entropy: float = 0.0,  # of the whole optimizer step, all ranks, with entropy_scope = batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The equation above over one micro-batch: a sum, so that micro-batches and ranks add up."""
     mask, num_tokens, num_rows = batch.completion_mask, counts.policy + counts.expert, counts.rows + counts.expert_rows
@@ -92,7 +97,8 @@ def loss_fn(
     ratio = torch.exp(torch.where(batch.policy_mask, logprobs - old_logprobs, 0.0))
     surrogate, clipped = common.clipped_surrogate(ratio, A, cfg.clip_low, cfg.clip_high)
     H = torch.where(mask, entropy.detach(), 0.0)
-    H = H if cfg.entropy_scope == "token" else H.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    row_mean = H.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    H = {"token": H, "row": row_mean, "batch": torch.full_like(row_mean, mean_entropy)}[cfg.entropy_scope]
     w_sft = cfg.sft_coef * torch.exp(cfg.sft_entropy_sign * H)
     w_pos = cfg.positive_coef * torch.exp(cfg.positive_entropy_sign * H)
     if cfg.rollouts == "adv":
@@ -116,6 +122,15 @@ def loss_fn(
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * (w * entropy).sum()
     return loss, metrics | {"loss": loss.detach()}
+
+
+@torch.no_grad()
+def entropy_of_update(cfg: Config, policy, rows: list, counts: common.Counts, world: common.World) -> float:
+    """H of the scope batch: the mean over an update's tokens, in a pass before it (collective)."""
+    total = torch.zeros((), device=world.device)
+    for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
+        total += common.token_logprobs(policy, batch, cfg.temperature)[1][batch.completion_mask].sum()
+    return common.all_sum(total, world).item() / max(counts.policy + counts.expert, 1)
 
 
 # Main ---------------------------------------------------------------------------------------------
@@ -179,10 +194,11 @@ def main(cfg: Config) -> None:
             part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, world)
             rows = [row for group in part for row in group]
             counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
+            H = entropy_of_update(cfg, policy, rows, counts, world) if cfg.entropy_scope == "batch" else 0.0
             for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
                 logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
                 ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
-                loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
+                loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts, H)
                 loss.backward()
                 common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
                 log.add_mean("expert_probability", logprobs.detach()[batch.expert_mask].exp().tolist())

@@ -58,7 +58,7 @@ def srft_terms(c: Case, cfg) -> Terms:
     terms = {}
     for b, t in c.tokens():
         own = [c.entropy[b, j].item() for j in range(c.batch.lengths[b])]
-        h = c.entropy[b, t].item() if cfg.entropy_scope == "token" else sum(own) / len(own)
+        h = {"token": c.entropy[b, t].item(), "row": sum(own) / len(own), "batch": MEAN_ENTROPY}[cfg.entropy_scope]
         up, a, lp = cfg.positive_coef * math.exp(cfg.positive_entropy_sign * h), c.advantage(b), c.lp(b, t)
         pull = (0.0, 0.0)
         if c.batch.expert_mask[b, t]:
@@ -107,8 +107,12 @@ def chord_terms(c: Case, cfg, mu: float) -> Terms:
 
 
 def hpt_terms(c: Case, cfg) -> Terms:
-    """GRPO over its own rows, a token mean for the traces."""
-    return policy_terms(c, cfg) | oracles.likelihood_terms(c, cfg.sft_coef / max(c.counts.expert, 1))
+    """One vote a problem: GRPO over its own rows, a token mean for the traces, by shares."""
+    groups, traces = c.counts.rows / cfg.group_size, c.counts.expert_rows
+    online, imitated = (x / max(groups + traces, 1) for x in (groups, traces))
+    terms = {place: add((1 - imitated, term)) for place, term in policy_terms(c, cfg).items()}
+    assert online + imitated == pytest.approx(1) or groups + traces < 1
+    return terms | oracles.likelihood_terms(c, imitated * cfg.sft_coef / max(c.counts.expert, 1))
 
 
 def trapo_terms(c: Case, cfg) -> Terms:
@@ -142,7 +146,8 @@ def iw_sft_terms(c: Case, cfg) -> Terms:
     return terms
 
 
-LOOPS = {name: policy_terms for name in ("grpo", "bread", "relift", "bridge")}
+MEAN_ENTROPY = 0.7  # of the update that a case is a part of
+LOOPS = {name: policy_terms for name in ("grpo", "dapo", "bread", "relift", "bridge")}
 LOOPS |= {"luffy": luffy_terms, "srft": srft_terms, "prefix_rft": prefix_rft_terms, "uft": uft_terms}
 LOOPS |= {"chord": chord_terms, "hpt": hpt_terms, "trapo": trapo_terms, "sft": sft_terms, "iw_sft": iw_sft_terms}
 MODULES = {m.name: importlib.import_module(m.name) for m in METHODS}
@@ -151,7 +156,7 @@ PLAIN = {"kl_coef": 0.0, "entropy_coef": 0.0}
 
 def run(name: str, c: Case, mu: float = 0.5, **flags) -> torch.Tensor:
     """The loss of a method without KL and entropy bonus, unless the flags ask for them."""
-    rest = (mu,) if name == "chord" else ()
+    rest = {"chord": (mu,), "srft": (MEAN_ENTROPY,)}.get(name, ())
     value, metrics = loss(MODULES[name], c, settings(MODULES[name], **PLAIN | flags), *rest)
     assert metrics["loss"] == value and not any(metric.requires_grad for metric in metrics.values())
     return value
@@ -167,6 +172,7 @@ def check(name: str, c: Case, mu: float = 0.5, **flags) -> torch.Tensor:
 
 # Value and gradient -------------------------------------------------------------------------------
 FLAGS = {
+    "dapo": [{}],
     "bread": [{}],
     "relift": [{}],
     "bridge": [{}],
@@ -175,6 +181,7 @@ FLAGS = {
         {},
         {"rollouts": "pm1", "gamma": -1.0},
         {"entropy_scope": "token", "sft_entropy_sign": 1, "positive_entropy_sign": -1},
+        {"entropy_scope": "batch"},
         {"sft_entropy_sign": 0, "positive_entropy_sign": 0},
     ],
     "prefix_rft": [
@@ -332,12 +339,14 @@ def test_prefix_rft_is_luffy_unshaped_on_the_prefix():
 
 
 def test_chord_schedule():
-    """Up to the peak over the warm-up, a cosine down to the valley, the valley from there on."""
+    """Up to the peak over the warm-up, from the next step a cosine down to the valley."""
     mu = [chord.sft_share(step, 0.9, 0.05, 10, 100) for step in range(200)]
-    assert mu[0] == pytest.approx(0.09) and mu[9] == mu[10] == pytest.approx(0.9)
-    assert mu[60] == pytest.approx((0.9 + 0.05) / 2) and mu[110] == mu[199] == pytest.approx(0.05)
-    assert all(a >= b for a, b in itertools.pairwise(mu[10:]))
-    assert chord.sft_share(0, 0.9, 0.05, 0, 200) == 0.9 and chord.sft_share(5, 0.1, 0.1, 0, 200) == pytest.approx(0.1)
+    assert mu[0] == pytest.approx(0.09) and mu[9] == pytest.approx(0.9)
+    assert mu[10] == pytest.approx(0.05 + 0.85 / 2 * (1 + math.cos(math.pi / 100)))
+    assert mu[59] == pytest.approx((0.9 + 0.05) / 2) and mu[109] == mu[199] == pytest.approx(0.05)
+    assert all(a > b for a, b in itertools.pairwise(mu[9:110]))
+    assert chord.sft_share(199, 0.9, 0.05, 0, 200) == 0.05
+    assert chord.sft_share(5, 0.1, 0.1, 0, 200) == pytest.approx(0.1)
 
 
 def test_uft_hint_alone():
@@ -493,3 +502,15 @@ def test_without_expert_tokens_all_are_grpo():
         own |= {"mu": 0.0} if name == "chord" else {}
         own |= {"dual_clip": 0.0} if name == "prefix_rft" else {}
         assert torch.equal(slope(run(name, c, **flags | own), c), wanted), name
+
+
+@pytest.mark.parametrize("name", ["trapo", "uft", "grpo"])
+def test_metrics_of_the_policy_are_means_over_its_tokens(name):
+    """Entropy and clip fraction of a step are not thinned by expert tokens."""
+    c = ragged()
+    cfg = settings(MODULES[name], clip_low=0.0, clip_high=0.0, **PLAIN)
+    c = change(c, counts=common.count(c.batch.rollouts, common.World(0, 1, torch.device("cpu"))))
+    _, metrics = loss(MODULES[name], c, cfg)
+    places = c.tokens(expert=False)
+    assert metrics["entropy"].item() == pytest.approx(sum(c.entropy[place].item() for place in places) / len(places))
+    assert 0 < metrics["clip_fraction"].item() <= 1

@@ -5,6 +5,7 @@ log-probabilities a loop computes d loss / d log p of every token, the cheat she
 and one backward turns them into the wanted gradient.
 """
 
+import dataclasses
 import hashlib
 import importlib
 import math
@@ -139,6 +140,13 @@ def grpo_like(rows: list[common.Rollout], rl_rows: list[common.Rollout] | None =
     return lambda row, t, p, own: 0.0 if expert(row, t) else -w * advantage(row, rl_rows, by_std)
 
 
+def dapo_like(rows: list[common.Rollout]):
+    """GRPO's, of rewards less half the length over the limit: the cache is the whole of it."""
+    shaped = [dataclasses.replace(r, reward=r.reward - 0.5 * len(r.completion_ids) / 64) for r in rows]
+    place = {id(r): i for i, r in enumerate(rows)}
+    return lambda row, t, p, own: -advantage(shaped[place[id(row)]], shaped, True) / count(rows)[0]
+
+
 def norm(rows: list[common.Rollout], loss_norm: str = "constant") -> float:
     """Of rows whose tokens are all trained."""
     return 1 / (len(rows) * 64) if loss_norm == "constant" else 1 / sum(len(r.completion_ids) for r in rows)
@@ -182,17 +190,24 @@ def uft_like(rows: list[common.Rollout]):
 
 
 def chord_like(rows: list[common.Rollout]):
-    """mu = 0.9 at the first step."""
-    own_rows = [r for r in rows if not r.num_expert_tokens]
+    """mu of the first step: a 200th of the way from 0.9 to 0.05."""
+    own_rows, mu = [r for r in rows if not r.num_expert_tokens], 0.05 + 0.425 * (1 + math.cos(math.pi / 200))
     rl, num_expert = grpo_like(rows, own_rows), count(rows)[1]
-    return lambda row, t, p, own: -0.9 / num_expert if expert(row, t) else 0.1 * rl(row, t, p, own)
+    return lambda row, t, p, own: -mu / num_expert if expert(row, t) else (1 - mu) * rl(row, t, p, own)
 
 
 def hpt_like(rows: list[common.Rollout]):
-    """Traces in place of failed groups."""
+    """Traces in place of failed groups; one vote a problem, whatever it became."""
     own_rows = [r for r in rows if not r.num_expert_tokens]
-    rl, num_expert = grpo_like(rows, own_rows, by_std=False), count(rows)[1]
-    return lambda row, t, p, own: -1 / num_expert if expert(row, t) else rl(row, t, p, own)
+    problems, num_expert = len({r.problem.id for r in rows}), count(rows)[1]
+    taught, size = len(rows) - len(own_rows), len(own_rows) // len({r.problem.id for r in own_rows})
+
+    def coefficient(row, t, p, own):
+        if expert(row, t):
+            return -taught / problems / num_expert
+        return -advantage(row, own_rows) / (size * problems * 64)
+
+    return coefficient
 
 
 def trapo_like(rows: list[common.Rollout]):
@@ -220,6 +235,7 @@ def dft_like(rows: list[common.Rollout]):
 
 SHEET = {
     "grpo": ({}, grpo_like),
+    "dapo": ({"resample_rounds": 0, "overlong_cache": 1.0}, dapo_like),
     "sft": ({}, sft_like),
     "iw_sft": ({"weight": "dft"}, dft_like),
     "bread": ({}, grpo_like),
@@ -233,6 +249,7 @@ SHEET = {
 }
 ROWS = {  # what the rows of the step must be: (rows, rows with expert tokens, rows of the expert alone)
     "grpo": (32, 0, 0),
+    "dapo": (48, 0, 0),  # sixteen a group, of which one failed
     "luffy": (32, 4, 4),
     "srft": (32, 4, 4),
     "prefix_rft": (32, 4, 0),
@@ -314,6 +331,35 @@ def test_prefix_rft_split_advantages(world):
     assert_close(found[0], wanted(rows, coefficient))
 
 
+@pytest.mark.parametrize("right", [(0, 1, 1, 1, 1), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+def test_prefix_rft_split_drops_a_group_without_any_advantage_alone(right, world):
+    """All plain rows right and the hybrid wrong: its prefix is pushed down, so the group stays."""
+    hybrid, *plain = right
+
+    def generate(problems, prefixes, n, *rest):
+        rewards = plain if prefixes is None else [hybrid]
+        return [
+            [common.Rollout(p, [*x, 5, 6], len(x), [-1.0] * 2, reward=float(r)) for r in rewards]
+            for p, x in zip(problems, prefixes or [[]] * len(problems), strict=True)
+        ]
+
+    flags = {"advantages": "split", "zero_variance": "drop", "group_size": 5, "keep_share": 1.0} | PLAIN
+    found, _ = one_step(prefix_rft, [random_model("qwen2", 0, torch.float64)], generate, PROBLEMS, **flags)
+    assert bool(found[0]) == any(right) and (not found[0] or max(g.abs().max() for g in found[0]) > 1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10**6])
+def test_srft_entropy_of_the_update(budget, world):
+    """--entropy_scope batch: H is one number, the mean over all tokens of the update."""
+    found, steps, _ = update("srft", tokens_per_microbatch=budget, entropy_scope="batch")
+    rows = steps[-1]
+    policy = common.Policy(random_model("qwen2", 0, torch.float64))
+    batch = common.make_batch(rows)
+    mean = common.token_logprobs(policy, batch, 1.0)[1][batch.completion_mask].mean().item()
+    row_wise = srft_like(rows)
+    assert_close(found[0], wanted(rows, lambda row, t, p, own: row_wise(row, t, p, [mean])))
+
+
 @pytest.mark.parametrize("method", ["luffy", "srft", "prefix_rft", "uft", "chord", "trapo"])
 def test_a_constant_added_to_all_rewards_changes_nothing(method, world, monkeypatch):
     """The baseline takes it away (HPT's gate and BREAD's search look at the rewards)."""
@@ -323,7 +369,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(method, world, monkeypa
     def higher(groups):
         for row in (row for group in groups for row in group):
             row.reward += 5.0 + (row.num_expert_tokens == len(row.completion_ids))
-        return 0
+        return {}
 
     monkeypatch.setattr("one_step.reward_experts", higher)
     two, _, _ = update(method, **flags)
@@ -349,7 +395,8 @@ def test_uft_schedule_and_draws():
     assert share == pytest.approx([0.05 + 0.45 * (1 + math.cos(math.pi / 300)), 0.5, 0.05, 0.0, 0.0])
     ends = [3, 7, 12, 20, 31, 40]  # six segments; the last, with the answer, is never shown
     assert uft.hint_cuts(ends, "chunk", 5) == uft.hint_cuts(ends, "segment", 2) == [0, 3, 7, 12, 20, 31]
-    assert uft.hint_cuts(ends, "token", 5) == list(range(32)) and uft.hint_cuts([9], "chunk", 5) == [0]
+    assert uft.hint_cuts(ends, "token", 5) == list(range(32))
+    assert all(uft.hint_cuts([9], unit, 5) == [0] for unit in ("chunk", "segment", "token"))
     many = uft.hint_cuts(list(range(10, 210, 10)), "chunk", 5)
     assert len(many) == 6 and many[-1] == 190
     rng, cuts = np.random.default_rng(0), [0, 3, 7, 12, 20, 31]
@@ -359,7 +406,10 @@ def test_uft_schedule_and_draws():
         assert abs(drawn.count(k) - 4000 * p) < 5 * math.sqrt(4000 * p * (1 - p)) + 1
     even = [cuts.index(uft.draw_hint(cuts, 0.3, "uniform", rng)) for _ in range(4000)]
     assert all(abs(even.count(k) - 4000 / 6) < 5 * math.sqrt(4000 / 6) for k in range(6))
-    assert uft.draw_hint(cuts, 0.0, "uniform", rng) == 0 and uft.draw_hint([0], 0.9, "cosine", rng) == 0
+    late = [cuts.index(uft.draw_hint(cuts, 0.0, "uniform", rng)) for _ in range(4000)]  # R3 goes on to the end
+    assert all(abs(late.count(k) - 4000 / 6) < 5 * math.sqrt(4000 / 6) for k in range(6))
+    assert {uft.draw_hint(cuts, 0.0, "cosine", rng) for _ in range(99)} == {0}
+    assert uft.draw_hint([0], 0.9, "cosine", rng) == uft.draw_hint([0], 0.9, "uniform", rng) == 0
 
 
 @pytest.fixture(scope="module")
