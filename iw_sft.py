@@ -16,9 +16,16 @@ policy has come to find likely count more. Every other weighting is one more lin
     pear       clamp(pear_gamma^(T - t) prod_{j > t} clamp(p_j / ref_j))   Zhang 2026, 2602.01058,
                                                                     as a third party reports it
 
-Differs from sft.py in the weights. --q reference makes iw and iw_step 1. With --q policy they are 1
-at the first step only, where policy and reference are equal; later the gradient is the true
-importance weighted one and not SFT's, contrary to what is often said.
+Differs from sft.py in the weights and, with --quality, in the traces drawn. --q reference makes iw
+and iw_step 1. With --q policy they are 1 at the first step only, where policy and reference are
+equal; later the gradient is the true importance weighted one and not SFT's, contrary to what is
+often said.
+
+The paper's variant for traces of known quality, iw-SFT(Q), is --quality; SFT(Q) is --quality with
+--q reference. Both draw traces with replacement, in proportion to the data's column `score`. Only
+the control half has code for them, with filters instead of scores: the best 10 % of its data are
+there once, the best 5 % twice, the best 2 % three times, and a draw is uniform. Scores of 1, 2, 3
+and 0 for the rest do the same.
 
 Departures. The official run's means are per trace (micro-batches of one): --loss_norm sequence; the
 default is sft.py's global token mean. --q ema is the control half of the paper. The bound asks for
@@ -36,6 +43,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +57,8 @@ class Config:
     steps: int = 625  # of one update; five epochs of 1000 traces
     problems_per_step: int = 8  # expert traces over all ranks
     max_completion_tokens: int = 20000  # longer expert traces are dropped at load
-    temperature: float = 1.0  # of sampler and log-probabilities alike
+    temperature: float = 1.0  # of the evaluation's samples alone: a likelihood has none
+    quality: bool = False  # draw traces in proportion to their score, a column of the data; else each once an epoch
     # weights
     weight: Literal["iw", "iw_step", "dft", "trsft", "chord_phi", "pear"] = "iw"  # see above
     q: Literal["policy", "ema", "reference"] = "policy"  # of iw and iw_step
@@ -78,7 +87,7 @@ def loss_fn(
     batch: common.Batch,  # the rows: masks, advantages, and the log-probabilities they were sampled with
     logprobs: Tensor,  # (B, T) of the policy, with gradient
     entropy: Tensor,  # (B, T) of the policy
-    ref_logprobs: Tensor | None,  # (B, T) of the frozen reference; None where the weight has none
+    ref_logprobs: Tensor | None,  # (B, T) of a frozen reference; None where none is used
     counts: common.Counts,  # tokens and rows of the whole optimizer step, all ranks
     q_logprobs: Tensor | None = None,  # (B, T) of the moving average, with q = ema
     scale: float = 1.0,  # of the weights, with normalize
@@ -89,26 +98,21 @@ def loss_fn(
     weight = scale * weigh(cfg, batch, logprobs, q_logprobs, ref_logprobs)
     logprobs = torch.where(mask, logprobs, 0.0)
     loss = -(w * weight * logprobs).sum()
-    metrics = {"weight": (w * weight).sum(), "weight_max": weight.max(), "nll": -(w * logprobs.detach()).sum()}
-    metrics["entropy"] = (w * entropy.detach()).sum()
+    metrics = {"entropy": common.token_mean(entropy.detach(), mask, counts.expert)}
+    metrics |= {"weight": (w * weight).sum(), "weight_max": weight.max(), "nll": -(w * logprobs.detach()).sum()}
     return loss, metrics | {"loss": loss.detach()}
 
 
 @torch.no_grad()
-def weigh(
-    cfg: Config, batch: common.Batch, logprobs: Tensor, q_logprobs: Tensor | None, ref_logprobs: Tensor | None
-) -> Tensor:
+def weigh(cfg: Config, batch, logprobs: Tensor, q_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> Tensor:
     """The constant in front of every log-probability, (B, T), 0 outside the mask."""
     mask, p = batch.expert_mask, torch.where(batch.expert_mask, logprobs, 0.0).exp()
     if cfg.weight in ("iw", "iw_step"):
         q_logprobs = {"policy": logprobs, "reference": ref_logprobs, "ema": q_logprobs}[cfg.q]
         log_ratio = torch.where(mask, q_logprobs - ref_logprobs, 0.0)
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        iw, iw_step = (
-            (cfg.power * mean).exp().clamp(0, cfg.weight_high),
-            log_ratio.exp().clamp(cfg.step_low, cfg.step_high),
-        )
-        weight = iw if cfg.weight == "iw" else iw_step
+        iw = (cfg.power * mean).exp().clamp(0, cfg.weight_high)
+        weight = iw if cfg.weight == "iw" else log_ratio.exp().clamp(cfg.step_low, cfg.step_high)
     elif cfg.weight == "pear":  # per-token bounds and bounds of the product as reported for the paper
         delta = torch.where(mask, logprobs - ref_logprobs, 0.0).clamp(-0.08, 0.3)
         left = mask.flip(1).cumsum(1).flip(1) - 1  # trained tokens after this one
@@ -120,21 +124,40 @@ def weigh(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, final_lr: float) -> float:
-    """Linear over the first `warmup` share of the steps, then a cosine to final_lr x peak."""
-    rising = max(1, round(warmup * steps))
+    """Linear over the first `warmup` share of the steps, then a cosine down to final_lr x peak.
+
+    The cosine is Hugging Face's, which arrives after the last of its m updates: that one's rate is
+    above final_lr x peak by sin(pi / 2m)^2 of the way, so never 0. Their warm-up is one update
+    behind this one, for their first update has rate 0.
+    """
+    rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
-    done = (step - rising) / max(1, steps - 1 - rising)
-    return peak * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    done = (step - rising) / (steps - rising)
+    return peak * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def normalizer(cfg: Config, policy, ema, reference, rows: list, counts: common.Counts, world: common.World) -> float:
     """1 / the mean weight over the tokens of the step, all ranks (collective)."""
     total = torch.zeros((), device=world.device)
     for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
-        models = (common.reference_logprobs(model, batch, cfg.temperature) for model in (policy, ema, reference))
+        models = (common.reference_logprobs(model, batch, temperature=1.0) for model in (policy, ema, reference))
         total += weigh(cfg, batch, *models).sum()
     return counts.expert / max(common.all_sum(total, world).item(), 1e-9)
+
+
+def draw_by_score(problems: list, n: int, step: int, seed: int, world: common.World) -> list[common.Problem]:
+    """As common.draw, but each of the n alone, with replacement, in proportion to the scores."""
+    scores = np.array([problem.score for problem in problems])
+    drawn = np.random.default_rng([seed, step]).choice(len(problems), n, p=scores / scores.sum())
+    return [problems[k] for k in drawn[world.rank :: world.size]]
+
+
+def check_scores(problems: list[common.Problem], data: str) -> None:
+    """End the run at a trace whose score nothing can be drawn by, or where all scores are 0."""
+    wrong = [f"row {p.id} has score {p.score}" for p in problems if p.score is None or not 0 <= p.score < math.inf]
+    if wrong or not any(p.score for p in problems):
+        common.fail(f"--quality: in {data} {(wrong or ['all scores are 0'])[0]}; it draws by finite ones, 0 or more")
 
 
 # Main ---------------------------------------------------------------------------------------------
@@ -142,15 +165,14 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    if cfg.quality:
+        check_scores(train, cfg.run.data)
     policy = common.load_policy(cfg.run, world)
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
-    needed, reference_run = (
-        cfg.weight in ("iw", "iw_step", "pear"),
-        replace(cfg.run, model=cfg.reference or cfg.run.model),
-    )
-    reference = common.load_policy(reference_run, world).requires_grad_(False) if needed else None
-    averaged = cfg.q == "ema" and cfg.weight in ("iw", "iw_step")
-    ema = common.load_policy(cfg.run, world).requires_grad_(False) if averaged else None
+    ratio = cfg.weight in ("iw", "iw_step")
+    ref_run = replace(cfg.run, model=cfg.reference or cfg.run.model)
+    reference = common.load_policy(ref_run, world).requires_grad_(False) if ratio or cfg.weight == "pear" else None
+    ema = common.load_policy(cfg.run, world).requires_grad_(False) if ratio and cfg.q == "ema" else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.run.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)} | ({"q": ema} if ema else {})
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
@@ -168,7 +190,8 @@ def main(cfg: Config) -> None:
             break
 
         log.phase("rows")
-        problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
+        draw = draw_by_score if cfg.quality else common.draw
+        problems = draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
         rows = [common.expert_rollout(problem, tokenizer) for problem in problems]
         log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
 
@@ -178,12 +201,11 @@ def main(cfg: Config) -> None:
         counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
         scale = normalizer(cfg, policy, ema, reference, rows, counts, world) if cfg.normalize else 1.0
         for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
-            logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature)
-            ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
-            q_logprobs = common.reference_logprobs(ema, batch, cfg.temperature)
+            logprobs, entropy = common.token_logprobs(policy, batch, temperature=1.0)
+            ref_logprobs, q_logprobs = (common.reference_logprobs(m, batch, temperature=1.0) for m in (reference, ema))
             loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts, q_logprobs, scale)
             loss.backward()
-            log.add(**metrics)
+            log.add(**metrics, trained_tokens=batch.completion_mask.sum())
         log.set(grad_norm=common.clip_gradients(policy.parameters(), cfg.run.grad_clip))
         optimizer.step()
         optimizer.zero_grad()

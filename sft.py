@@ -35,7 +35,7 @@ class Config:
     steps: int = 2100  # of one update; three epochs of the default data
     problems_per_step: int = 64  # expert traces over all ranks
     max_completion_tokens: int = 8192  # longer expert traces are dropped at load
-    temperature: float = 1.0  # of sampler and log-probabilities alike
+    temperature: float = 1.0  # of the evaluation's samples alone: a likelihood has none
     # optimization
     lr: float = 5e-5  # AdamW; peak
     warmup: float = 0.1  # share of the steps, linear
@@ -50,22 +50,28 @@ def loss_fn(
     batch: common.Batch,  # the rows: masks, advantages, and the log-probabilities they were sampled with
     logprobs: Tensor,  # (B, T) of the policy, with gradient
     entropy: Tensor,  # (B, T) of the policy
-    ref_logprobs: Tensor | None,  # (B, T) of a frozen reference; None, it is not used
+    ref_logprobs: Tensor | None,  # (B, T) of a frozen reference; None where none is used
     counts: common.Counts,  # tokens and rows of the whole optimizer step, all ranks
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The equation above over one micro-batch: a sum, so that micro-batches and ranks add up."""
-    loss = -common.token_mean(logprobs, batch.expert_mask, counts.expert)
-    metrics = {"entropy": common.token_mean(entropy.detach(), batch.expert_mask, counts.expert)}
+    mask = batch.expert_mask
+    loss = -common.token_mean(logprobs, mask, counts.expert)
+    metrics = {"entropy": common.token_mean(entropy.detach(), mask, counts.expert)}
     return loss, metrics | {"loss": loss.detach()}
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, final_lr: float) -> float:
-    """Linear over the first `warmup` share of the steps, then a cosine to final_lr x peak."""
-    rising = max(1, round(warmup * steps))
+    """Linear over the first `warmup` share of the steps, then a cosine down to final_lr x peak.
+
+    The cosine is Hugging Face's, which arrives after the last of its m updates: that one's rate is
+    above final_lr x peak by sin(pi / 2m)^2 of the way, so never 0. Their warm-up is one update
+    behind this one, for their first update has rate 0.
+    """
+    rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
-    done = (step - rising) / max(1, steps - 1 - rising)
-    return peak * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    done = (step - rising) / (steps - rising)
+    return peak * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 # Main ---------------------------------------------------------------------------------------------
@@ -101,10 +107,10 @@ def main(cfg: Config) -> None:
         log.set(lr=common.set_lr(learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.final_lr), optimizer))
         counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
         for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
-            logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature)
+            logprobs, entropy = common.token_logprobs(policy, batch, temperature=1.0)
             loss, metrics = loss_fn(cfg, batch, logprobs, entropy, None, counts)
             loss.backward()
-            log.add(**metrics)
+            log.add(**metrics, trained_tokens=batch.completion_mask.sum())
         log.set(grad_norm=common.clip_gradients(policy.parameters(), cfg.run.grad_clip))
         optimizer.step()
         optimizer.zero_grad()

@@ -1,19 +1,24 @@
-"""iw_sft.py's weights and loss against scalar loops, and what each weighting is at its limits."""
+"""iw_sft.py's weights and loss against scalar loops, what each weighting is at its limits, and the
+draw by scores."""
 
+import json
 import math
+import shutil
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer, random_model
+from conftest import ROOT, byte_tokenizer, problem, random_model, read_metrics, train
 from one_step import expert_problems, one_step
 from oracles import LENGTHS, Case, agree, change, loss, ragged, rearrange, settings, share, slope
+from safetensors.torch import load_file
 from torch import Tensor
 
 import common
 import iw_sft
 import sft
+from core.sampler import TransformersEngine
 
 WEIGHTS = ["iw", "iw_step", "dft", "trsft", "chord_phi", "pear"]
 FLAGS = {"power": 1.0, "weight_high": 16.0, "step_low": 0.2, "step_high": 1.8, "trsft_alpha": 0.1, "pear_gamma": 0.999}
@@ -107,7 +112,7 @@ def test_weights_loss_and_gradient(weight, norm, changes, rows):
         "weight": scale * sum(norms[place] * wanted[place] for place in wanted),
         "weight_max": scale * max(wanted.values()),
         "nll": -sum(norms[place] * c.lp(*place) for place in wanted),
-        "entropy": sum(norms[place] * c.entropy[place].item() for place in wanted),
+        "entropy": sum(c.entropy[place].item() for place in wanted) / c.counts.expert,
         "loss": value.item(),
     }
     assert {name: metric.item() for name, metric in metrics.items()} == pytest.approx(means, rel=1e-9)
@@ -171,8 +176,7 @@ def test_padding_permutation_garbage_and_micro_batches(weight):
 def traces(logprobs: Tensor, reference: Tensor) -> Case:
     """Expert rows of equal length with these log-probabilities."""
     rows, length = logprobs.shape
-    problem = common.Problem("p", "", [0], "", None)
-    batch = common.make_batch([common.Rollout(problem, [1] * length, length) for _ in range(rows)])
+    batch = common.make_batch([common.Rollout(problem("p"), [1] * length, length) for _ in range(rows)])
     return Case(batch, logprobs, torch.zeros_like(logprobs), reference, common.Counts(0, rows * length, 0, rows))
 
 
@@ -255,3 +259,166 @@ def test_ema_follows_the_policy(world):
     start = random_model("qwen2", 2).parameters()
     for policy, ema, before in zip(models[0].parameters(), models[2].parameters(), start, strict=True):
         assert torch.allclose(common.full_tensor(ema), 0.7 * before + 0.3 * common.full_tensor(policy), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize(("method", "changes"), [(sft, {}), (iw_sft, {"q": "ema", "normalize": True})])
+def test_temperature_is_not_the_likelihoods(method, changes, temperature, world):
+    """The gradient is the same at any --temperature, bit for bit, also at the greedy 0."""
+    found, wanted = (
+        one_step(method, [random_model("qwen2", s) for s in (0, 1, 2)], problems_per_step=4, **changes, **flags)[0]
+        for flags in ({"temperature": temperature}, {})
+    )
+    assert equal(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("method", ["sft", "iw_sft"])
+def test_temperature_is_the_evaluations(method, tmp_path, world, monkeypatch):
+    """The test problems are sampled at it, and nothing else is sampled."""
+    asked, decode = [], TransformersEngine.decode
+
+    def spy(engine, prompts, prefixes, n, max_tokens, temperature, *rest):
+        asked.append((len(prompts), temperature))
+        return decode(engine, prompts, prefixes, n, max_tokens, temperature, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "decode", spy)
+    lines = (ROOT / "tiny/test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines[:3]))
+    flags = "--model tiny --steps 1 --problems_per_step 2 --temperature 0.25".split()
+    train(method, *flags, "--test_data", tmp_path / "test.jsonl", "--out", tmp_path / "run")
+    assert asked == [(3, 0.25)] * 2
+
+
+# The draw by scores -------------------------------------------------------------------------------
+SCORES = [0, 1, 2, 3, 0.5, 6.25]
+
+
+def scored() -> list[common.Problem]:
+    """A problem per score, which is named by its place."""
+    return [common.Problem(str(i), "", [0], "", [1], score=score) for i, score in enumerate(SCORES)]
+
+
+def drawn(n: int, step: int, seed: int = 0, rank: int = 0, size: int = 1) -> list[int]:
+    """The places of a rank's problems."""
+    world = common.World(rank, size, torch.device("cpu"))
+    return [int(p.id) for p in iw_sft.draw_by_score(scored(), n, step, seed, world)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_frequencies_are_the_scores(seed):
+    """Chi-square of 16000 draws below its 0.1 % bound, of pairs in a step too; 0 never comes."""
+    steps = [drawn(8, step, seed) for step in range(2000)]
+    shares = [score / sum(SCORES) for score in SCORES]
+    counts = [sum(step.count(i) for step in steps) for i in range(len(SCORES))]
+    chi = sum((n - 16000 * p) ** 2 / (16000 * p) for n, p in zip(counts, shares, strict=True) if p)
+    assert counts[0] == 0 and sum(counts) == 16000 and chi < 18.47
+    pairs = {(i, j): 8000 * shares[i] * shares[j] for i in range(1, 6) for j in range(1, 6)}
+    seen = [(step[k], step[k + 1]) for step in steps for k in range(0, 8, 2)]
+    assert sum((seen.count(pair) - n) ** 2 / n for pair, n in pairs.items()) < 51.18
+
+
+def test_the_draw_is_a_function_of_seed_and_step():
+    """The same on any number of ranks, in disjoint shares; another for another step or seed."""
+    for step in range(5):
+        whole = drawn(12, step)
+        assert drawn(12, step) == whole != drawn(12, step + 1) and whole != drawn(12, step, seed=1)
+        for size in (2, 3, 5):
+            shares = [drawn(12, step, rank=rank, size=size) for rank in range(size)]
+            assert [shares[k % size][k // size] for k in range(12)] == whole and sum(map(len, shares)) == 12
+
+
+def tiny_data(path, scores: list) -> str:
+    """The first problems of the bundled set, with these scores; None: without one."""
+    rows = [json.loads(line) for line in (ROOT / "tiny/train.jsonl").read_text().splitlines()[: len(scores)]]
+    for row, score in zip(rows, scores, strict=True):
+        row |= {} if score is None else {"score": score}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([1, 2, None], "row tiny/train/002 has score None"),
+        ([1, -0.5, 1], "row tiny/train/001 has score -0.5"),
+        ([math.nan, 1, 1], "row tiny/train/000 has score nan"),
+        ([1, math.inf, 1], "row tiny/train/001 has score inf"),
+        ([1, "2", 1], "row tiny/train/001 has score None"),
+        ([0, 0, 0.0], "all scores are 0"),
+    ],
+)
+def test_scores_that_nothing_can_be_drawn_by(scores, said, tmp_path, world, monkeypatch):
+    """One sentence with file and row, before a model is loaded; nothing without --quality."""
+    data = tiny_data(tmp_path / "scores.jsonl", scores)
+    monkeypatch.setattr(common, "load_policy", lambda *args: pytest.fail("a model is loaded"))
+    flags = ["--model", "tiny", "--data", data, "--test_data=", "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit, match=f"^error: --quality: in {data} {said}; it draws by finite ones, 0 or more$"):
+        train("iw_sft", *flags, "--quality")
+    with pytest.raises(pytest.fail.Exception, match="a model is loaded"):
+        train("iw_sft", *flags)
+
+
+FOUR = "--model tiny --test_data= --steps 4 --problems_per_step 6 --lr 1e-3 --save_every 2 --keep 9".split()
+LIKE_SFT = "--warmup 0 --final_lr 1 --weight_decay 0 --max_completion_tokens 80".split()
+
+
+def weights(out) -> dict[str, Tensor]:
+    """Of the trained model."""
+    return load_file(out / "final/model.safetensors")
+
+
+def differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    """The largest difference of two models."""
+    return max((one[k] - two[k]).abs().max().item() for k in one)
+
+
+@pytest.fixture
+def runs(tmp_path, world, monkeypatch):
+    """A function that trains four steps on six scored problems and returns folder and problems."""
+
+    def trained(method, name, *flags, scores=SCORES):
+        seen, make = [], common.expert_rollout
+
+        def spy(question, tokenizer):
+            seen.append(int(question.id.rsplit("/", 1)[-1]))
+            return make(question, tokenizer)
+
+        data = tiny_data(tmp_path / f"{name}.jsonl", scores)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "expert_rollout", spy)
+            train(method, *FOUR, "--data", data, "--out", tmp_path / name, *flags)
+        return tmp_path / name, seen
+
+    return trained
+
+
+def test_quality_in_a_run(runs):
+    """iw-SFT(Q) draws by score, at every step what the seed says, after a resume too."""
+    flags = ["--quality", "--q", "ema"]
+    out, seen = runs("iw_sft", "straight", *flags)
+    assert seen == [place for step in range(4) for place in drawn(6, step)] and 0 not in seen
+    again = out.with_name("again")
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "final")
+    (checkpoint,) = (again / "checkpoints").glob("*4")
+    shutil.rmtree(checkpoint)
+    train("iw_sft", "--resume", again)
+    assert read_metrics(again) == read_metrics(out) and differ(weights(again), weights(out)) == 0
+
+
+def test_sft_of_quality_is_sft_on_these_traces(runs, monkeypatch):
+    """--quality --q reference is sft.py bit for bit, where that one draws the same traces."""
+    out, seen = runs("iw_sft", "child", "--quality", "--q", "reference", "--beta2", 0.999, *LIKE_SFT)
+    plain, others = runs("sft", "plain", *LIKE_SFT)
+    monkeypatch.setattr(common, "draw", iw_sft.draw_by_score)
+    parent, same = runs("sft", "parent", *LIKE_SFT)
+    assert same == seen != others
+    assert differ(weights(out), weights(parent)) == 0 < differ(weights(out), weights(plain))
+
+
+def test_without_quality_a_score_changes_nothing(runs):
+    """Every trace once an epoch, and the weights of a run on data without the column."""
+    assert not iw_sft.Config().quality
+    (scored, seen), (plain, others) = (runs("iw_sft", n, scores=s) for n, s in (("a", SCORES), ("b", [None] * 6)))
+    assert seen == others and all(sorted(seen[k : k + 6]) == list(range(6)) for k in range(0, 24, 6))
+    assert differ(weights(scored), weights(plain)) == 0 and read_metrics(scored) == read_metrics(plain)

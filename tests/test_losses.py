@@ -1,16 +1,17 @@
 """grpo.py and sft.py against scalar loops, value and gradient; common.py's formulas by hand."""
 
 import dataclasses
-import itertools
 import math
 
 import oracles
 import pytest
 import torch
+import transformers
 from oracles import NORMS, agree, change, importance, loss, policy_terms, ragged, rearrange, settings, slope
 
 import common
 import grpo
+import iw_sft
 import sft
 
 
@@ -101,12 +102,41 @@ def test_sft(rows):
         assert again == value and torch.equal(slope(again, bad), slope(value, c))
 
 
-def test_sft_schedule():
-    """Warm-up to the peak at a tenth of the steps, then down to a tenth of it at the last."""
-    rate = [sft.learning_rate(step, 100, 1.0, 0.1, 0.1) for step in range(100)]
-    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0 and rate[99] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
-    assert sft.learning_rate(0, 1, 1.0, 0.1, 0.1) == 1.0
+def hugging_face(steps: int, warmup: float) -> list[float]:
+    """The rates of its cosine with a peak of 1, one more than it has updates."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
+    rates = []
+    for _ in range(steps + 1):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(625, 0.05), (2100, 0.1), (7, 0.0), (3, 0.5), (1, 0.1), (4, 1.0)])
+@pytest.mark.parametrize("method", [sft, iw_sft])
+def test_schedule(method, steps, warmup):
+    """Hugging Face's, in the warm-up one update earlier: no update has rate 0, nor has the last."""
+    theirs, rising = hugging_face(steps, warmup), math.ceil(warmup * steps)
+    assert theirs[steps] == 0 or rising == steps
+    for floor in (0.0, 0.1):
+        rates = [method.learning_rate(step, steps, 3.0, warmup, floor) for step in range(steps)]
+        cosine = [3 * (floor + (1 - floor) * rate) for rate in theirs[rising:steps]]
+        assert rates == pytest.approx([3 * rate for rate in theirs[1 : rising + 1]] + cosine, rel=1e-9, abs=1e-15)
+        assert min(rates) > 0 and max(rates) == 3 and all(rate > 3 * floor for rate in rates[rising:])
+        if rising < steps:
+            above = math.sin(math.pi / (2 * (steps - rising))) ** 2
+            assert rates[-1] == pytest.approx(3 * (floor + (1 - floor) * above), rel=1e-6)
+
+
+def test_the_last_rate_of_the_defaults():
+    """10 % of the peak in sft.py, to six digits; in iw_sft.py no longer 0."""
+    last = {}
+    for method in (sft, iw_sft):
+        cfg = method.Config()
+        last[method] = method.learning_rate(cfg.steps - 1, cfg.steps, 1.0, cfg.warmup, cfg.final_lr)
+    assert last[sft] == pytest.approx(0.1, rel=1e-5) and 1e-6 < last[iw_sft] < 1e-5
 
 
 # The formulas -------------------------------------------------------------------------------------
