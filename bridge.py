@@ -11,25 +11,35 @@ alone. For sampling, and in the end, w is merged into theta.
     theta  += lr      ((1 - lam) grad J_SFT(theta, w) + lam grad J_RL(theta, w))
     w      += lora_lr ((1 - lam) grad J_SFT(theta, w)
                        + lam (grad J_RL(theta, w) - grad J_RL(shadow, w)))
-    shadow += lr grad J_RL(shadow, w)
+    shadow  = theta + lr grad J_RL(theta, w)       of every update: --shadow one_step
+    shadow += lr grad J_RL(shadow, w)              one for the whole run: --shadow persist
 
-Differs from grpo.py by the adapter, the expert rows of a step, and the shadow's pass. The rollouts
-are drawn once, from (theta, w), and serve all updates. J_RL(shadow) is clipped before its minus.
-It is grpo.py with --lam 1 --lora_rank 0 --lr 1e-6 --max_completion_tokens 8192; with --lam 0
---lora_rank 0 the loss is sft.py's.
+Differs from grpo.py by the adapter, the expert rows of a step, and the shadow. The rollouts are
+drawn once, from (theta, w), and serve all updates. J_RL(shadow) is clipped before its minus. Where
+A < 0, PPO's min has no lower bound: a token of the shadow counts at least shadow_dual_clip A. It is
+grpo.py with --lam 1 --lora_rank 0 --lr 1e-6 --max_completion_tokens 8192; with --lam 0
+--lora_rank 0 the loss is sft.py's. At another rank theta is neither file's, since w moves too.
 
-Departures, and choices where the paper is silent. GRPO is the RL algorithm, without KL. lam is
-constant (its appendix; --lam_schedule linear is its method text). AdamW makes all three updates.
-All gradients are taken at the same weights. The shadow persists and drifts, and where A < 0 no clip
-bounds its ratio: --reset_every n copies theta to it every n steps, --shadow one_step makes it anew,
-theta after one RL step. Rank 16 and alpha 32 on every linear layer but the head. --no-meta drops
-the gain: the ablation that costs ten points in the paper.
+One RL step from theta is what the reviewers of v1 and v2 describe. All gradients are taken at the
+same weights, so the gain compares theta before its joint step with the shadow after its RL step: it
+measures that step and not the help of SFT. To update theta first and w at the new theta would
+measure the help; which of the two the paper means cannot be decided without its text. A shadow that
+persists drifts off. In the log, surrogate_gain is J_RL(theta, w) - J_RL(shadow, w) on the policy's
+own rollouts, no difference of rewards; shadow_kl and shadow_ratio_max say how far the shadow is.
+
+Departures, and choices where the paper is silent. GRPO is the RL algorithm, without the paper's KL
+to a fixed reference. lam is constant (its appendix; --lam_schedule linear is its method text).
+AdamW makes all three updates; theta, w and shadow are clipped separately. SFT and RL draw from one
+data set, in different orders. J_SFT is at the sampling temperature. In a group with equal rewards
+the gain is exactly 0. Rank 16 and alpha 32 on every linear layer but the head. --no-meta drops the
+gain and the shadow: the ablation that costs ten points in the paper.
 
     torchrun bridge.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B            the paper's, as far as known
     python bridge.py --model tiny                                        a laptop
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -57,9 +67,9 @@ class Config:
     meta: bool = True  # the cooperative gain in the adapter's gradient
     lora_rank: int = 16  # of the adapter; 0: none
     lora_alpha: float = 32.0  # its output is scaled by alpha / rank
-    lora_lr: float = 5e-7  # constant after the warm-up
-    shadow: Literal["persist", "one_step"] = "persist"  # see above
-    reset_every: int = 0  # steps between copies of the base weights to the shadow; 0: never
+    lora_lr: float = 0.0  # 0: lr
+    shadow: Literal["one_step", "persist"] = "one_step"  # see above
+    shadow_dual_clip: float = 3.0  # for the shadow, a negative advantage counts at most this many times; 0: off
     # loss
     scale_by_std: bool = True  # divide the advantage by the group's std
     zero_variance: Literal["keep", "drop"] = "keep"  # groups with equal rewards: keep them in w, or drop them
@@ -150,23 +160,30 @@ def split_parameters(policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 # The shadow ---------------------------------------------------------------------------------------
-def shadow_backward(cfg: Config, shadow, reference, rows: list, counts: common.Counts, world) -> dict[str, Tensor]:
-    """Add the shadow's gradient of -J_RL on the policy's rows; returns its metrics (collective)."""
-    total: dict[str, Tensor] = {}
+def bound_ratio(batch: common.Batch, logprobs: Tensor, ref_logprobs: Tensor | None, cap: float) -> tuple:
+    """(logprobs, ref_logprobs), (B, T), with which loss_fn's surrogate is at least cap A for A < 0.
+
+    A ratio above cap counts as cap, without gradient: dual clip, Ye et al. 2020 (1912.09729).
+    The reference moves by as much, so that the KL stays. Nothing moves at cap 0.
+    """
+    highest = common.old_logprobs(batch, logprobs) + math.log(cap or math.inf)
+    bounded = torch.where(batch.advantages[:, None] < 0, torch.minimum(logprobs, highest), logprobs)
+    return bounded, None if ref_logprobs is None else ref_logprobs - (logprobs - bounded)
+
+
+def shadow_backward(cfg: Config, log, shadow, reference, rows: list, counts: common.Counts, world) -> None:
+    """Add the shadow's gradient of -J_RL on the policy's rows; log how far it is (collective)."""
     for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
         logprobs, entropy = common.token_logprobs(shadow, batch, cfg.temperature, cfg.entropy_coef != 0)
         ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
-        loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
+        bounded, ref_logprobs = bound_ratio(batch, logprobs, ref_logprobs, cfg.shadow_dual_clip)
+        loss, metrics = loss_fn(cfg, batch, bounded, entropy, ref_logprobs, counts)
         loss.backward()
-        total = {name: total.get(name, 0.0) + metric for name, metric in metrics.items()}
-    return total
-
-
-def subtract_shadow(adapter: list[Tensor], shadow_adapter: list[Tensor], lam: float) -> None:
-    """grad_w += lam grad_w of the shadow's J_RL (a loss is -J), the gain's second half."""
-    for mine, theirs in zip(adapter, shadow_adapter, strict=True):
-        if theirs.grad is not None:
-            mine.grad = -lam * theirs.grad if mine.grad is None else mine.grad - lam * theirs.grad
+        log_ratio = logprobs.detach() - common.old_logprobs(batch, logprobs)  # 0 outside a row
+        kl = -common.token_mean(log_ratio, batch.policy_mask, counts.policy)  # (theta, w) || (shadow, w)
+        means = {"surrogate_gain": metrics["loss"], "shadow_clip_fraction": metrics["clip_fraction"], "shadow_kl": kl}
+        log.add(**{name: mean / cfg.updates_per_step for name, mean in means.items()})
+        log.add(shadow_ratio_max=log_ratio.exp().max())
 
 
 # Main ---------------------------------------------------------------------------------------------
@@ -174,18 +191,21 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, require_expert=True)
-    adapter_flags = (cfg.lora_rank, cfg.lora_alpha, cfg.run.seed)
-    models = [add_adapter(common.load_model(cfg.run), *adapter_flags) for _ in range(2)]
-    policy, shadow = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
+    lora = (cfg.lora_rank, cfg.lora_alpha, cfg.run.seed)
+    copies = 2 if cfg.meta and cfg.lora_rank else 1  # the shadow serves the adapter alone
+    models = [add_adapter(common.load_model(cfg.run), *lora) for _ in range(copies)]
+    policy, *shadows = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
+    shadow = shadows[0] if shadows else None
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
-    (base, adapter), (shadow_base, shadow_adapter) = split_parameters(policy), split_parameters(shadow)
-    optimizer = torch.optim.AdamW(base, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
-    shadow_optimizer = torch.optim.AdamW(shadow_base, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
-    lora_optimizer = torch.optim.AdamW(adapter, lr=cfg.lora_lr, weight_decay=0.0) if adapter else None
+    base, adapter = split_parameters(policy)
+    parameters = [{"params": base}, {"params": adapter, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
     state = {"model": policy, "optimizer": (policy, optimizer)}
-    state |= {"shadow": shadow, "shadow_optimizer": (shadow, shadow_optimizer)}
-    state |= {"lora_optimizer": (policy, lora_optimizer)} if adapter else {}
+    if shadow is not None:
+        shadow_base, shadow_adapter = split_parameters(shadow)
+        shadow_optimizer = torch.optim.AdamW(shadow_base, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+        state |= {"shadow": shadow, "shadow_optimizer": (shadow, shadow_optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)
     sampler.sync(merged_weights(policy))
@@ -228,16 +248,41 @@ def main(cfg: Config) -> None:
         sampler.sleep()
         warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
         lam = cfg.lam if cfg.lam_schedule == "constant" else step / max(1, cfg.steps - 1)
-        log.set(lr=common.set_lr(cfg.lr * warm, optimizer, shadow_optimizer))
-        if adapter:
-            common.set_lr(cfg.lora_lr * warm, lora_optimizer)
-        if cfg.reset_every and step % cfg.reset_every == 0:
-            common.follow(shadow, policy)
+        log.set(lr=common.set_lr(cfg.lr * warm, optimizer))
+        optimizer.param_groups[1]["lr"] = (cfg.lora_lr or cfg.lr) * warm
+        if shadow is not None:
+            common.set_lr(cfg.lr * warm, shadow_optimizer)
         if cfg.updates_per_step > 1:
             common.store_old_logprobs(policy, [row for group in kept for row in group], cfg, world)
         for update in range(cfg.updates_per_step):
             part = common.share(kept, update, cfg.updates_per_step, cfg.problems_per_step, world)
             rows = [row for group in part for row in group]
+            counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
+            for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
+                logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
+                ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
+                loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
+                loss.backward()
+                common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
+                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs))
+                if shadow is not None:
+                    log.add(surrogate_gain=-metrics["loss"] / cfg.updates_per_step)
+            if shadow is not None and counts.policy:
+                common.follow(shadow, policy, part="lora_" if cfg.shadow == "persist" else "")
+                if cfg.shadow == "one_step":
+                    for mine, theirs in zip(base, shadow_base, strict=True):
+                        theirs.grad = mine.grad.clone()
+                    log.set(shadow_grad_norm=common.clip_gradients(shadow_base, cfg.run.grad_clip))
+                    shadow_optimizer.step()
+                shadow_backward(cfg, log, shadow, reference, rows, counts, world)
+                for mine, theirs in zip(adapter, shadow_adapter, strict=True):
+                    mine.grad = mine.grad - theirs.grad  # a loss is -J
+                if cfg.shadow == "persist":
+                    log.set(shadow_grad_norm=common.clip_gradients(shadow_base, cfg.run.grad_clip))
+                    shadow_optimizer.step()
+                shadow.zero_grad()
+            for parameter in (p for p in policy.parameters() if p.grad is not None):
+                parameter.grad *= lam
             taught = common.share(sft_problems, update, cfg.updates_per_step, cfg.sft_problems_per_step, world)
             experts = [common.expert_rollout(problem, tokenizer) for problem in taught]
             num_expert = common.count(experts, world).expert
@@ -246,39 +291,11 @@ def main(cfg: Config) -> None:
                 sft_loss = -common.token_mean(logprobs, batch.expert_mask, num_expert)
                 ((1 - lam) * sft_loss).backward()
                 log.add(sft_loss=sft_loss / cfg.updates_per_step)
-            policy_loss = 0.0
-            counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
-            for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
-                logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.entropy_coef != 0)
-                ref_logprobs = common.reference_logprobs(reference, batch, cfg.temperature)
-                loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
-                (lam * loss).backward()
-                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs))
-                policy_loss = policy_loss + metrics["loss"] / cfg.updates_per_step
-                common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
-            if cfg.shadow == "one_step":
-                common.follow(shadow, policy)
-                shadow_backward(cfg, shadow, reference, rows, counts, world)
-                log.set(shadow_grad_norm=common.clip_gradients(shadow_base, cfg.run.grad_clip))
-                shadow_optimizer.step()
-                shadow.zero_grad()
-            if cfg.meta:
-                metrics = shadow_backward(cfg, shadow, reference, rows, counts, world)
-                subtract_shadow(adapter, shadow_adapter, lam)
-                log.add(cooperative_gain=metrics.get("loss", 0.0) / cfg.updates_per_step - policy_loss)
-                log.add(shadow_clip_fraction=metrics.get("clip_fraction", 0.0) / cfg.updates_per_step)
             norm = common.clip_gradients(base, cfg.run.grad_clip)
             log.set(grad_norm=norm)
+            log.set(lora_grad_norm=common.clip_gradients(adapter, cfg.run.grad_clip))
             optimizer.step()
-            if adapter:
-                log.set(lora_grad_norm=common.clip_gradients(adapter, cfg.run.grad_clip))
-                lora_optimizer.step()
-            if cfg.meta and cfg.shadow == "persist":
-                log.set(shadow_grad_norm=common.clip_gradients(shadow_base, cfg.run.grad_clip))
-                shadow_optimizer.step()
-            policy.zero_grad()
-            shadow.zero_grad()
-            common.follow(shadow, policy, part="lora_")
+            optimizer.zero_grad()
 
         log.phase("sync")
         sampler.sync(merged_weights(policy))
