@@ -14,8 +14,8 @@ no value network is needed. This is the parent file: the other online methods de
 
 Departures. The paper's setting is --loss_norm sequence --kl_coef 0.04; the default is the token
 mean of DAPO (2503.14476) without a reference model. Dr.GRPO (2503.20783) is --no-scale_by_std
---loss_norm constant. DAPO's loss is --clip_high 0.28 --zero_variance drop; dropped groups are not
-drawn again.
+--loss_norm constant. DAPO's loss is --clip_high 0.28 --zero_variance drop; dapo.py draws others
+for the groups that are dropped.
 
     torchrun grpo.py --model Qwen2.5-1.5B                                one GPU
     torchrun --nproc_per_node 8 grpo.py --model Qwen2.5-7B --clip_high 0.28 --updates_per_step 2

@@ -21,7 +21,7 @@ NAMES = [m.name for m in METHODS]
 CHILDREN = [m for m in METHODS if m.parent]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("core/*.py")])
 SECTIONS = ["Config", "The loss", "The weights", "The hint", "The prefix", "The micro-groups", "The buffer"]
-SECTIONS += ["The adapter", "The shadow", "The anchor", "Main"]
+SECTIONS += ["The batch", "The adapter", "The shadow", "The anchor", "Main"]
 PHASES = ["evaluation", "rollouts", "rows", "rewards", "buffer", "anchors", "advantages", "update", "sft", "sync"]
 
 
@@ -46,11 +46,11 @@ def test_method_files_are_short(name):
 
 
 def test_the_whole_is_short():
-    """common.py is small, the thirteen methods with it are an evening, core/ is bounded."""
+    """common.py is small, the methods with it are an evening, core/ is bounded."""
     count = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert count["common.py"] <= 420
     assert count["common.py"] + sum(count[f"{name}.py"] for name in NAMES) <= 3500
-    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 1560
+    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 1650
 
 
 @pytest.mark.parametrize("method", CHILDREN, ids=lambda m: m.name)
@@ -75,12 +75,12 @@ def test_sections_and_phases_come_in_one_order(name):
     text = (ROOT / f"{name}.py").read_text()
     titles = re.findall(r"^# (.*?) -{20,}$", text, re.M)
     assert titles == [title for title in SECTIONS if title in titles] and {"Config", "The loss", "Main"} <= set(titles)
-    phases = list(dict.fromkeys(re.findall(r'log\.phase\("(\w+)"\)', text)))
+    phases = list(dict.fromkeys(re.findall(r'log\.phase\("(\w+)"\)', function(name, "main"))))
     assert phases == [phase for phase in PHASES if phase in phases]
     assert {"evaluation", "update", "sync"} <= set(phases)
 
 
-@pytest.mark.parametrize("name", ["bread", "relift", "bridge"])
+@pytest.mark.parametrize("name", ["dapo", "bread", "relift", "bridge"])
 def test_the_parents_loss_is_kept(name):
     """Where the method is in the rows or in the updates, the loss is grpo.py's to the letter."""
     assert function(name, "loss_fn") == function("grpo", "loss_fn")
