@@ -55,7 +55,7 @@ class Config:
     num_episodes: int = 10  # K: pieces of an expert trace, at most; the last is never shown
     band_low: float = 0.0  # a group is taken when its success rate is strictly between these
     band_high: float = 1.0
-    trigger: Literal["all_fail", "always"] = "all_fail"  # search where the plain group has no success, or everywhere
+    trigger: Literal["all_fail", "always"] = "all_fail"  # search where no plain row is right, or where not in the band
     stop_on_first: bool = False  # take the first group in the band; else go on to look for a shorter prefix
     prefix_site: Literal["assistant", "user"] = "assistant"  # whose turn shows the prefix: user, behind the question
     # loss

@@ -32,7 +32,7 @@ to a fixed reference. lam is constant (its appendix; --lam_schedule linear is it
 AdamW makes all three updates; theta, w and shadow are clipped separately. SFT and RL draw from one
 data set, in different orders. J_SFT is at the sampling temperature. In a group with equal rewards
 the gain is exactly 0. Rank 16 and alpha 32 on every linear layer but the head. --no-meta drops the
-gain and the shadow: the ablation that costs ten points in the paper.
+shadow, so that w follows SFT and RL alone: the ablation that costs ten points in the paper.
 
     torchrun bridge.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B            the paper's, as far as known
@@ -180,7 +180,7 @@ def shadow_backward(cfg: Config, log, shadow, reference, rows: list, counts: com
         loss, metrics = loss_fn(cfg, batch, bounded, entropy, ref_logprobs, counts)
         loss.backward()
         log_ratio = logprobs.detach() - common.old_logprobs(batch, logprobs)  # 0 outside a row
-        kl = -common.token_mean(log_ratio, batch.policy_mask, counts.policy)  # (theta, w) || (shadow, w)
+        kl = -common.token_mean(log_ratio, batch.policy_mask, counts.policy)  # k1 of policy before || shadow
         means = {"surrogate_gain": metrics["loss"], "shadow_clip_fraction": metrics["clip_fraction"], "shadow_kl": kl}
         log.add(**{name: mean / cfg.updates_per_step for name, mean in means.items()})
         log.add(shadow_ratio_max=log_ratio.exp().max())

@@ -53,16 +53,16 @@ def load_data(cfg, tokenizer: Tokenizer, require_expert: bool = False) -> tuple[
     return train, load_problems(run.test_data, tokenizer, *limits, split="test") if run.test_data else []
 
 
-def draw(problems: list[Problem], n: int, step: int, seed: int, world: World) -> list[Problem]:
-    """This rank's share of the n problems of a step: a pure function, so resume needs no replay.
+def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
+    """This rank's share of n problems in the line of epochs, from `at` on, else from step * n.
 
-    Each epoch has every problem once, in an order of its own; rank r takes every world.size-th.
+    A pure function. An epoch has every problem once, shuffled; rank r takes every world.size-th.
     """
-    size, positions = len(problems), range(step * n, (step + 1) * n)
-    epochs = {position // size for position in positions}
+    size, first = len(problems), step * n if at is None else at
+    epochs = {place // size for place in range(first, first + n)}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(size).tolist() for epoch in epochs}
-    drawn = [orders[position // size][position % size] for position in positions]
-    before = [drawn[:place].count(i) for place, i in enumerate(drawn)]  # a second draw in a step samples anew
+    drawn = [orders[place // size][place % size] for place in range(first, first + n)]
+    before = [drawn[:k].count(i) for k, i in enumerate(drawn)]  # a second draw in a step samples anew
     found = [replace(problems[i], occurrence=k) if k else problems[i] for i, k in zip(drawn, before, strict=True)]
     return found[world.rank :: world.size]
 

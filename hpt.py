@@ -9,7 +9,8 @@ trace is not used. Both kinds meet in one update.
     loss = (1 - q) GRPO's over policy tokens  -  sft_coef q / num_expert sum_t logprobs over
            expert tokens,        q = the share of the update's problems that are imitated
 
-So each problem has one vote, however many tokens it has: the paper's mixture is one per problem.
+So RL and SFT are weighed by their numbers of problems, as the paper's mixture is one per problem;
+with --zero_variance drop by those of the problems that are left.
 This is ReLIFT without its buffer and second optimizer. Differs from grpo.py in three places: the
 gate, the SFT term, the skipped updates. It is grpo.py without them and with its other defaults:
 
@@ -18,15 +19,16 @@ gate, the SFT term, the skipped updates. It is grpo.py without them and with its
 
 Departures. The defaults are the official script's: no std, no clip, a sum over tokens /
 max_completion_tokens (here also / rows), sft_coef 1 (0.3 at 1.5B), gate 0 (2 for Llama), no update
-where the gradient norm exceeds skip_above. Without q and the rows, at 64 rows a rank, its RL term
-weighs 8 to 20 times ours beside SFT (12 to 56 times that of two plain means): --sft_coef 0.12. On
-its scale the clip at 1.0 is 0.016 here, the skip at 80 is 1.25, the entropy bonus 0.00026, and it
-covers the traces too. It has no tis_cap.
+where the gradient norm exceeds skip_above (not for Llama). Without q and the rows, at 64 rows a
+rank, its RL term weighs 8 to 20 times ours beside SFT (12 to 56 times that of two plain means),
+8 where few fail: --sft_coef 0.12. Its clip at 1.0 is 0.016 on our scale, its skip at 80 is 1.25,
+its entropy bonus 0.00026, and covers the traces too. Its updates have 64 of the rows that are left,
+ours half of the problems. It has no tis_cap.
 
     torchrun hpt.py --model Qwen2.5-1.5B                                 one GPU
     torchrun --nproc_per_node 8 hpt.py --model Qwen2.5-Math-7B --rope_theta 40000 \
         --max_positions 16384 --sft_coef 0.12 --grad_clip 0.016 --skip_above 1.25 \
-        --entropy_coef 0.00026 --tis_cap 0                               the paper's
+        --entropy_coef 0.00026 --tis_cap 0                               the script's
     python hpt.py --model tiny                                           a laptop
 """
 

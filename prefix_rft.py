@@ -8,7 +8,7 @@ of the prefix tokens. The shortest allowed prefix shrinks by a cosine: less and 
 
     low(t) = low_final + (low_start - low_final) (1 + cos(pi t / prefix_steps)) / 2
     share ~ Uniform(low(t), prefix_high)
-    k      = floor(share x tokens of the trace), at least min_prefix_tokens, at most all but one
+    k      = floor(share x tokens of the trace), at least min_prefix_tokens, before the answer
     A_t    = A of the row; 0 on the 1 - keep_share of the prefix tokens with the lowest H
     s_t    = min(ratio A_t, clip(ratio, 1 - clip_low, 1 + clip_high) A_t), but not below
              dual_clip A_t where A_t < 0
@@ -24,7 +24,8 @@ with grpo.py's own values of the other defaults:
 
 Departures. The paper's launch settings were never published. --advantages group is its equation 3;
 split is the repository's dr_grpo_prefix (plain rows and prefix against the plain rows' mean, the
-continuation without a baseline). Its _v2 can never push a prefix up and is left out. The filter
+continuation without a baseline; the std, where asked for, is the plain rows' and divides them
+alone). Its _v2 can never push a prefix up and is left out. The filter
 ranks within a row, so that it does not depend on the packing; --keep_scope microbatch is the
 official ranking. Prefixes are token ids, never decoded and tokenised again, and end before the
 trace gives its answer away. The official policy term is not divided by its rows but by its
@@ -138,7 +139,7 @@ def lowest_share(step: int, start: float, final: float, steps: int) -> float:
 
 def draw_prefix(trace_tokens: int, low: float, high: float, least: int, rng: np.random.Generator) -> int:
     """Tokens of one prefix; at least one token of the trace is left to the policy."""
-    share = low + max(0.0, high - low) * rng.random()
+    share = min(low, high) + max(0.0, high - low) * rng.random()
     return min(max(int(share * trace_tokens), least), trace_tokens - 1)
 
 

@@ -21,10 +21,10 @@ It is grpo.py with --buffer_size 0 and grpo.py's own values of the other default
 Departures. The defaults are the official script's: no std, a sum over tokens /
 max_completion_tokens, no clip, two AdamW states on the same weights. It does not divide by its 64
 rows a rank, and its entropy bonus is a mean of each micro-batch: on our scale it clips the RL step
-at 0.7 / 64 = 0.011, and entropy_coef is 0.00026. Its SFT sizes are not divided by the ranks, so
-that its SFT gradient is too small by their number, and its sft_grad_clip is 8 here. It has no
-tis_cap. The paper's best sft_entropy_coef is 1e-4, its code has 1e-3. Expert traces are the data
-set's, verified once at load.
+at 0.7 / 64 = 0.011 (ours: 1), and entropy_coef is 0.00026. Its SFT sizes are not divided by the
+ranks, so that its SFT gradient is too small by their number, and its sft_grad_clip is 8 here. It
+has no tis_cap. The paper's best sft_entropy_coef is 1e-4, its code has 1e-3. Expert traces are the
+data set's, verified once at load.
 
     torchrun relift.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 relift.py --model Elliott/Qwen2.5-Math-7B-16k-think --steps 1070 \

@@ -17,16 +17,17 @@ Differs from grpo.py in the micro-groups and in the prefix term. With --shares 0
 a group that is drawn in four parts.
 
 Departures. The defaults are the official script's: 8 problems in one update, shares 0.25, 0.5, 1,
-which it snaps to paragraphs and which here end before the answer, thresholds 0.5, 0.67, 1. The
-paper's are in the second command. The full trace at share 1 is the row itself, nothing is drawn
-after it; the code reads a second trace there. Expert tokens get no advantage and no entropy bonus;
-in the code they get the bonus. It does not divide by its 8 rows a rank, and its bonus is a mean of
-each micro-batch: on our scale its grad_clip is 0.125, its entropy_coef 0.00026. It has no tis_cap.
+which it snaps to paragraphs and which here end before the answer, thresholds 0.5, 2/3, 1. The
+paper's are in the second command; its updates are not known. The full trace at share 1 is the row
+itself, nothing is drawn after it; the code reads a second trace there. Expert tokens get no
+advantage and no entropy bonus; in the code they get the bonus. It does not divide by its 8 rows a
+rank, and its bonus is a mean of each micro-batch: on our scale its grad_clip is 0.125 (0.016 with
+the 64 rows of the second command), its entropy_coef 0.0004 to 0.001. It has no tis_cap.
 
     torchrun trapo.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 trapo.py --model Qwen2.5-Math-7B --rope_theta 40000 \
         --max_positions 16384 --problems_per_step 128 --updates_per_step 2 --shares 0 0.2 0.5 1 \
-        --thresholds -1 0.5 0.7 0.9 --lr 5e-6 --grad_clip 0.125 --entropy_coef 0.00026 \
+        --thresholds -1 0.5 0.7 0.9 --lr 5e-6 --grad_clip 0.016 --entropy_coef 0.00026 \
         --tis_cap 0                                                      the paper's
     python trapo.py --model tiny                                         a laptop
 """
@@ -52,7 +53,7 @@ class Config:
     # micro-groups
     sizes: tuple[int, int, int, int] = (4, 2, 1, 1)  # rows, group_size in all
     shares: tuple[float, float, float, float] = (0.0, 0.25, 0.5, 1.0)  # of the expert's trace that is given
-    thresholds: tuple[float, float, float, float] = (-1.0, 0.5, 0.67, 1.0)  # a prefix is given where the mean is below
+    thresholds: tuple[float, float, float, float] = (-1.0, 0.5, 2 / 3, 1.0)  # a prefix is given where the mean is below
     # loss
     sft_coef: float = 1.0  # of the prefix term
     trsft_alpha: float = 0.1  # probability from which a prefix token has its full weight
@@ -86,7 +87,7 @@ def loss_fn(
     mask, num_tokens, num_rows = batch.policy_mask, counts.policy, counts.rows
     taught = batch.expert_mask & batch.taught[:, None]
     total = (num_tokens + counts.expert, num_rows + counts.expert_rows)
-    w = common.token_weights(mask | taught, cfg.loss_norm, *total, cfg.max_completion_tokens)
+    w = common.token_weights(batch.completion_mask, cfg.loss_norm, *total, cfg.max_completion_tokens)
     w, w_prefix = w * mask, w * taught
     A = batch.advantages[:, None]
     old_logprobs = common.old_logprobs(batch, logprobs)

@@ -57,7 +57,7 @@ class Config:
     # hint
     hint_high: float = 0.95  # expected share of the chunks that is shown at first
     hint_low: float = 0.05  # and at hint_steps
-    hint_steps: int = 300  # afterwards nothing is shown
+    hint_steps: int = 300  # afterwards a cosine shows nothing
     hint_chunks: int = 5  # pieces that a trace is cut into, at most
     hint_unit: Literal["chunk", "segment", "token"] = "chunk"  # what the binomial counts
     schedule: Literal["cosine", "uniform"] = "cosine"  # uniform: every length equally likely, to the end

@@ -260,7 +260,7 @@ def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -
     """Tokens up to the end of each step of a trace; () where the steps do not follow each other.
 
     White space after a step belongs to it. What stands after the last one, the answer's box and
-    EOS, is one more; EOS alone belongs to the last. A step that ends inside a token ends after it.
+    EOS, is one more; EOS alone belongs to the last. A step that ends inside a token ends before it.
     """
     starts, place = [], 0
     for step in filter(str.strip, steps):
@@ -271,7 +271,7 @@ def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -
         place = at + len(step.strip())
     rest = solution[place:].lstrip()
     starts += [len(solution) - len(rest)] if rest else []
-    ends = {sum(begin < start for begin, _ in offsets) for start in starts[1:]}
+    ends = {sum(end <= start for _, end in offsets) for start in starts[1:]} - {0}
     return (*sorted(ends), len(offsets) + 1) if ends else ()
 
 

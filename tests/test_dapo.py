@@ -81,17 +81,17 @@ def test_draw_at_a_steps_place_is_commons(total, n):
     for size in (1, 2, 3):
         for world in worlds(size):
             for step in range(9):
-                assert dapo.draw_from(problems, step * n, n, 4, world) == common.draw(problems, n, step, 4, world)
+                assert common.draw(problems, n, 0, 4, world, step * n) == common.draw(problems, n, step, 4, world)
 
 
 def test_draw_from_any_place():
     """Cut anywhere, the line of epochs has the same problems in one order, each once an epoch."""
     problems, (world,) = [problem("q", id=str(i)) for i in range(7)], worlds(1)
-    whole = [p.id for p in dapo.draw_from(problems, 0, 21, 3, world)]
+    whole = [p.id for p in common.draw(problems, 21, 0, 3, world, 0)]
     assert all(sorted(whole[k : k + 7]) == [str(i) for i in range(7)] for k in (0, 7, 14)) and whole[:7] != whole[7:14]
     for place in range(16):
-        assert [p.id for p in dapo.draw_from(problems, place, 5, 3, world)] == whole[place : place + 5]
-        ranks = [[p.id for p in dapo.draw_from(problems, place, 5, 3, w)] for w in worlds(3)]
+        assert [p.id for p in common.draw(problems, 5, 0, 3, world, place)] == whole[place : place + 5]
+        ranks = [[p.id for p in common.draw(problems, 5, 0, 3, w, place)] for w in worlds(3)]
         assert [ranks[k % 3][k // 3] for k in range(5)] == whole[place : place + 5]
 
 
@@ -175,7 +175,7 @@ def counted(line: dict) -> tuple[float, float, float]:
 @pytest.mark.parametrize("updates", [1, 2])
 def test_full_at_once(updates, world):
     """Where every group is mixed there is one round, with the parent's rows and gradients."""
-    found, (line,), sampler, rows = run("x", clip_high=0.2, updates_per_step=updates)
+    found, (line,), sampler, rows = run("x", clip_high=0.2, updates_per_step=updates, weight_decay=0.01)
     assert sampler.asked == [LINE[:4]] and sampler.seeds == [(1, 0, 0)] and counted(line) == (0, 4, 4)
     theirs, (parents,), _, same = run("x", grpo, updates_per_step=updates)
     assert [places(part) for part in rows] == [places(part) for part in same]

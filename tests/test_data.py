@@ -229,6 +229,14 @@ def test_steps_of_the_data_are_episodes_and_chunks(tokenizer, tmp_path, capsys):
         assert problem.step_ends == () and ("the steps of 1 rows do not cut" in capsys.readouterr().out) == said
 
 
+def test_a_step_that_ends_inside_a_token_ends_before_it():
+    """Tokens as those of real models, which take the blank before a word along."""
+    assert data.step_ends(["ab", "cd"], "ab cd", [(0, 2), (2, 5)]) == (1, 3)
+    assert data.step_ends(["ab", "cd"], "ab cd ef", [(0, 2), (2, 5), (5, 8)]) == (1, 2, 4)
+    assert data.step_ends(["ab", "cd"], "ab\ncd", [(0, 3), (3, 6)]) == (1, 3)
+    assert data.step_ends(["ab", "cd"], "ab cd", [(0, 5)]) == ()
+
+
 def test_a_box_in_the_last_line_stays_out_of_the_thought(tmp_path, tokenizer):
     """The line with the answer comes after the closing tag."""
     row = GOOD | {"solution": "First.\nSo it is \\boxed{2}."}

@@ -30,10 +30,9 @@ def double():
 
 # The equations ------------------------------------------------------------------------------------
 def of_whole_rows(c: Case, cfg, b: int) -> float:
-    """w where expert and policy tokens count alike; a prefix that is not taught does not."""
-    length = sum(c.batch.taught[b].item() or not c.batch.expert_mask[b, t] for t in range(c.batch.lengths[b]))
+    """w where expert and policy tokens count alike, those of a prefix that is not taught too."""
     counts = c.counts
-    return oracles.share(cfg, max(length, 1), counts.policy + counts.expert, counts.rows + counts.expert_rows)
+    return oracles.share(cfg, c.batch.lengths[b], counts.policy + counts.expert, counts.rows + counts.expert_rows)
 
 
 def shaped(c: Case, gamma: float, b: int, t: int) -> oracles.Term:
@@ -370,9 +369,18 @@ def test_trapo_prefixes():
     assert trapo.prefix_tokens(100, 1.0, 2.0, [1.0]) == 100 and trapo.prefix_tokens(100, 0.5, 2.0, []) == 0
 
 
+def test_trapo_thresholds_are_the_scripts_sums():
+    """The script gives a prefix below 2 of 4, below 4 of 6 and below 7 of 7 right rows."""
+    given = trapo.Config().thresholds
+    for stage, (rows, enough) in enumerate(((4, 2), (6, 4), (7, 7)), 1):
+        for right in range(rows + 1):
+            rewards = [1.0] * right + [0.0] * (rows - right)
+            assert bool(trapo.prefix_tokens(100, 0.5, given[stage], rewards)) == (right < enough), (rows, right)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_trapo_teaches_what_is_marked(norm):
-    """A prefix that another row teaches has no gradient, and its own row is shorter for it."""
+    """A prefix that another row teaches has no gradient; w counts it all the same."""
     for taught in ((True, True, False, True), (True, False, True, True)):
         c = change(ragged(), taught=torch.tensor(taught))
         gradient = slope(check("trapo", c, loss_norm=norm, kl_coef=0.1), c)

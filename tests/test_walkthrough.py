@@ -84,6 +84,8 @@ def drawn_gradient(name: str, row: str, boxes: str, factors: str) -> tuple[torch
     rollout.taught = not row.startswith("more")
     batch = common.make_batch([rollout])
     counts = common.Counts(num_policy, num_expert, int(num_policy > 0), int(num_policy == 0))
+    if name == "hpt":  # beside it three groups that passed, one that failed: q is a quarter
+        counts = counts._replace(rows=3 * cfg.group_size, expert_rows=1)
     logprobs = torch.full((1, len(boxes)), math.log(p), requires_grad=True)
     entropy = torch.tensor([[float(box == "█") for box in boxes]])
     constants = {"chord": {"mu": 0.25}}.get(name, {})
@@ -99,7 +101,7 @@ def drawn_gradient(name: str, row: str, boxes: str, factors: str) -> tuple[torch
     count_all = re.findall(r"\w+", re.search(r"in ([\w, ]+)\s+it counts all", section(3))[1])
     counted = num_policy + num_expert * (name in count_all)
     names = core.config.flat(cfg) | constants | {"A": A, "p": p, "v": 1.0, "ratio": 1.0, "min": min}
-    names |= {"num_expert": num_expert, "num_hint": num_expert, "weight": p, "phi": p * (1 - p)}
+    names |= {"num_expert": num_expert, "num_hint": num_expert, "weight": p, "phi": p * (1 - p), "q": 0.25}
     names |= {"w": 1 / counted} if counted else {}
     if name == "srft":
         names["w_sft"], names["w_pos"] = cfg.sft_coef * math.exp(-1.0), cfg.positive_coef  # H is 1 and 0
