@@ -47,17 +47,18 @@ def one_step(
     models: list,
     groups: Groups | Callable[..., Groups] | None = None,
     problems: list[common.Problem] | None = None,
+    sync: Callable | None = None,
     **flags: object,
 ) -> tuple[list[list[torch.Tensor]], list[dict]]:
     """The gradients at every clip, in order, and the lines of metrics.jsonl.
 
     models: what main loads, in its order. groups: what is sampled, or a function of generate's
-    arguments. One step, unless a flag says more.
+    arguments. sync: called with what the sampler is given. One step, unless a flag says more.
     """
     found, lines, queue, clip = [], [], iter(models), common.clip_gradients
     cfg = core.config.with_flags(method.Config(), {"model": "none", "test_data": "", "steps": 1} | flags)
     generate = groups if callable(groups) else mock.Mock(return_value=groups)
-    sampler = mock.Mock(generate=generate, tokenizer=byte_tokenizer())
+    sampler = mock.Mock(generate=generate, tokenizer=byte_tokenizer(), sync=sync or mock.Mock())
 
     def spy(parameters, max_norm):
         parameters = list(parameters)
