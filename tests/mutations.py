@@ -7,6 +7,7 @@ python tests/mutations.py --sample        ten of them, chosen by today's date
 Prints the survivors, and exits with 1 if there are any that SURVIVORS does not explain.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -37,10 +38,10 @@ WHERE = {  # the test files that could see a line of a file, the quick ones firs
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
     "iw_sft.py": "test_defaults test_iw_sft test_losses test_pages test_methods",
     "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods",
-    "bread.py": "test_bread test_hints test_defaults test_pages test_methods",
-    "uft.py": "test_hints " + METHOD,
-    "prefix_rft.py": "test_hints " + METHOD,
-    "trapo.py": "test_hints " + METHOD,
+    "bread.py": "test_bread test_defaults test_pages test_methods test_hints",
+    "uft.py": METHOD + " test_hints",
+    "prefix_rft.py": METHOD + " test_hints",
+    "trapo.py": METHOD + " test_hints",
 }
 ALL = {
     "test_sampler",
@@ -276,14 +277,14 @@ def plant(copy: Path, name: str, line: str, wrong: str) -> str:
 def seen(copy: Path, name: str) -> str:
     """The test that fails, or nothing."""
     stem = Path(name).stem
-    for file in WHERE.get(name, METHOD).split():
-        chosen = [] if file in ALL else ["-k", f"{stem} or two_ranks"]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}.py", *chosen]
+    for whole, files in itertools.groupby(WHERE.get(name, METHOD).split(), ALL.__contains__):
+        chosen = [f"tests/{file}.py" for file in files] + ([] if whole else ["-k", f"{stem} or two_ranks"])
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)
         if done.returncode not in (0, 5):  # 5: no test was chosen
             failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            return failed[0][:110] if failed else f"{file} ends with {done.returncode}"
+            return failed[0][:110] if failed else f"pytest ends with {done.returncode}"
     return ""
 
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from conftest import byte_tokenizer, problem
+from conftest import byte_tokenizer, problem, random_model, train
+from one_step import one_step
 
 import bread
 import common
@@ -22,6 +23,7 @@ class FakePolicy:
         self.curves, self.calls, self.asked, self.tokenizer = curves, [], [[] for _ in curves], byte_tokenizer()
 
     def generate(self, problems, prefixes, n, max_tokens, temperature, seed):
+        assert self.log.phases[-1] == "rollouts"
         self.calls.append(seed[-1])
         groups = []
         for question, prefix in zip(problems, prefixes, strict=True):
@@ -41,16 +43,21 @@ def search(curves, plain=0, episodes=K, **flags):
     """(policy, groups, episodes shown, lines of the log) of one search.
 
     A trace has as many lines as episodes; the last line is never offered. plain: right rows of the
-    plain groups, all of which are searched for where they have none.
+    plain groups, or of each.
     """
     trace = "".join(f"{i}\n" for i in range(episodes - 1)) + "\\boxed{1}"
     questions = [problem("q", expert=trace, id=str(i)) for i in range(len(curves))]
     policy, cfg, log = FakePolicy(curves), bread.Config(group_size=N, **flags), Log()
+    policy.log = log
+
+    def score(groups):
+        assert log.phases[-1] == "rewards"
+        return {"sampled_tokens": 7 * len(groups)}
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "score", lambda groups: {"sampled_tokens": 7 * len(groups)})
-        groups, log.opened = bread.anchor_search(
-            cfg, policy, log, 0, questions, [group_of(q, plain) for q in questions]
-        )
+        patch.setattr(common, "score", score)
+        right = plain if isinstance(plain, list) else [plain] * len(curves)
+        groups, log.opened = bread.anchor_search(cfg, policy, log, 0, questions, list(map(group_of, questions, right)))
     shown = [policy.tokenizer.decode(g[0].completion_ids[: g[0].num_expert_tokens]).count("\n") for g in groups]
     return policy, groups, shown, log
 
@@ -59,10 +66,10 @@ class Log:
     """Keeps what a RunLog is told."""
 
     def __init__(self):
-        self.values, self.samples, self.world = {}, [], common.World(0, 1, torch.device("cpu"))
+        self.values, self.samples, self.phases = {}, [], ["rewards"]
 
     def phase(self, name):
-        pass
+        self.phases.append(name)
 
     def add(self, **values):
         for name, value in values.items():
@@ -175,6 +182,38 @@ def test_what_a_search_logs():
     assert log.values["traces_cut_short"] == 0
 
 
+def test_what_was_not_searched_is_no_search():
+    """Of four problems one is solved without help: it counts for the rate alone."""
+    _, _, _, log = search([[0, 4] + [N] * 8, [0] * K, [N] * K, [0] * K], plain=[0, 0, N, 0])
+    assert log.values["search_rate"] == 0.75 and log.values["search_mixed"] == pytest.approx(1 / 3)
+    assert log.opened == ["0", "1", "", "3"]
+
+
+def test_traces_opened_adds_up_over_steps(world):
+    """Problems whose trace was ever used, each counted once over all steps."""
+
+    def fail(problems, prefixes, n, *rest):
+        opens = prefixes or [[]] * len(problems)
+        return [
+            [common.Rollout(p, [*x, 2], len(x), [-1.0]) for _ in range(n)] for p, x in zip(problems, opens, strict=True)
+        ]
+
+    questions = [problem("q", expert="1\n2\n\\boxed{1}", id=str(i)) for i in range(4)]
+    flags = {"problems_per_step": 2, "steps": 4, "max_completion_tokens": 64}
+    _, lines = one_step(bread, [random_model("qwen2", 0, torch.float64)], fail, questions, **flags)
+    assert [line["traces_opened"] for line in lines] == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("site", "times"), [("assistant", 1), ("user", 2)])
+def test_a_hint_in_the_prompt_has_room(site, times, tmp_path, world, monkeypatch):
+    """The engine's window holds prompt, hint and completion."""
+    seen, load = [], common.load_sampler
+    monkeypatch.setattr(common, "load_sampler", lambda *args: seen.append(args[-1]) or load(*args))
+    flags = ["--model", "tiny", "--test_data=", "--steps", 1, "--problems_per_step", 1, "--group_size", 2]
+    train("bread", *flags, "--prefix_site", site, "--out", tmp_path / "run")
+    assert seen == [80 * times]
+
+
 def test_a_group_has_one_anchor_and_its_advantages_sum_to_zero():
     """The group that is found is one group: the same prefix in all its rows."""
     _, groups, _, _ = search([RAMP])
@@ -186,8 +225,9 @@ def test_a_group_has_one_anchor_and_its_advantages_sum_to_zero():
 def test_a_hint_in_the_users_turn(tokenizer):
     """Behind the question, before what the template adds; nothing of it is a completion."""
     question = problem("Question? Now.", expert="one\ntwo\n\\boxed{1}", id="0")
-    question = dataclasses.replace(question, text="Question?")
-    seen = []
+    prompt = tokenizer("Question? Question? Now.").input_ids  # a template that shows an example first
+    question = dataclasses.replace(question, text="Question?", prompt_ids=prompt)
+    seen, log = [], Log()
 
     class User(FakePolicy):
         def generate(self, problems, prefixes, *rest):
@@ -195,11 +235,11 @@ def test_a_hint_in_the_users_turn(tokenizer):
             assert prefixes is None and all(p.id == "0" and p.answer == "1" for p in problems)
             return [group_of(p, 4) for p in problems]
 
-    cfg, log = bread.Config(group_size=N, prefix_site="user"), Log()
+    cfg = bread.Config(group_size=N, prefix_site="user")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "score", lambda groups: {"sampled_tokens": 0})
         groups, _ = bread.anchor_search(cfg, User([]), log, 0, [question], [group_of(question, 0)])
-    assert seen == ["Question?\n\nThe solution begins like this:\none\n\n Now."]
+    assert seen == ["Question? Question?\n\nThe solution begins like this:\none\n\n Now."]
     assert groups[0][0].num_expert_tokens == 0 and groups[0][0].problem.hinted
     assert log.values["guided_reward"] == 0.5 and log.values["reward"] == 0, "no hinted row is one of the policy's own"
     with pytest.raises(SystemExit, match="problem 0: the tokenizer changes the question"):

@@ -33,8 +33,10 @@ THOUGHTS = {  # a thought with the answer 42, and what may be shown of it
     "So 6*7 = 42.\n\n**Final Answer**\n42\n</think>\n\\boxed{42}": "So 6*7 = 42.\n\n**",
     "6*7 = 42, so 42 is the final answer. Right.\n</think>\n\\boxed{42}": "",
     "Try 41? The answer is 41. No.\nIt is 42.\n</think>\nSo \\boxed{42}": "Try 41? The answer is 41. No.\nIt is 42.\n",
-    "Results differ by 142 and 42.5.\nfine\n</think>\n\\boxed{42}": "Results differ by 142 and 42.5.\nfine\n",
+    "The result is 142 or 42.5.\nfine\n</think>\n\\boxed{42}": "The result is 142 or 42.5.\nfine\n",
     "Finally, x = 42 follows.\nCheck: \\boxed{42}\n</think>\n\\boxed{42}": "",
+    "a\nThe result is 42.\n</think>\n\\boxed{42}": "a\n",
+    "a\nSo 42 is the result.\n</think>\n\\boxed{42}": "a\n",
     "In conclusion we get 42\n</think>\n\\boxed{42}": "",
     "fine\n</think>\nThe sum is 42.\n\\boxed{42}": "fine\n",
 }
@@ -62,6 +64,38 @@ def test_a_trace_that_thinks_ends_where_it_states_its_answer(trace):
     limit = common.tokens_before_answer(question, TOKENIZER)
     assert TOKENIZER.decode(question.expert_ids[:limit]) == THOUGHTS[trace]
     assert all(end <= limit for end in common.shown_ends(question, TOKENIZER)[0])
+
+
+def test_the_answer_is_that_of_the_data_or_that_of_the_box():
+    """A decimal is no end of a sentence; a Countdown row's answer is the equation in its box."""
+    for answer, said in (("3.5", "3.5"), ("1/2", "0.5"), ({"target": 42, "nums": [6, 7]}, "6 * 7")):
+        trace = f"Well.\nAt last the answer is {said} here.\n</think>\n\\boxed{{{said}}}"
+        question = dataclasses.replace(problem("q", answer=answer, expert=trace), thinks=True)
+        limit = common.tokens_before_answer(question, TOKENIZER)
+        assert TOKENIZER.decode(question.expert_ids[:limit]) == "Well.\n"
+
+
+def test_a_trace_is_never_shown_whole():
+    """Not even one that gives no answer: EOS is left to the policy."""
+    question = problem("q", expert="nothing here")
+    assert common.tokens_before_answer(question, TOKENIZER) == len(question.expert_ids) - 1
+
+
+def test_trapo_counts_the_prefixes_that_were_cut(world):
+    """Of the rows that had a prefix, not of those that needed none."""
+
+    def solve_all_but_one(problems, prefixes, n, *rest):
+        opens = prefixes or [[]] * len(problems)
+        pairs = zip(problems, opens, strict=True)
+        return [
+            [common.Rollout(p, [*x, 2], len(x), [-1.0], reward=float(p.id != "0")) for _ in range(n)] for p, x in pairs
+        ]
+
+    questions = [problem("q", expert="1\n2\n\\boxed{1}", id=str(i)) for i in range(4)]
+    flags = {"problems_per_step": 4, "max_completion_tokens": 64, "shares": (0.0, 0.2, 0.9, 0.9)}
+    model = random_model("qwen2", 0, torch.float64)
+    _, (line,) = one_step(importlib.import_module("trapo"), [model], solve_all_but_one, questions, **flags)
+    assert line["traces_cut_short"] == pytest.approx(2 / 3)
 
 
 def test_characters_of_several_tokens():

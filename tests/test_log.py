@@ -13,6 +13,7 @@ from core.config import flat
 from results.methods import METHODS
 
 ONLINE = [method.name for method in METHODS if "sft" not in (method.name, method.parent)]
+WITH_EXPERT_ROWS = ("luffy", "srft", "prefix_rft", "uft", "bread", "trapo", "chord")
 FLAGS = {"trapo": {"problems_per_step": 4, "updates_per_step": 1}, "uft": {"hint_high": 0.5, "hint_low": 0.5}}
 
 
@@ -46,6 +47,9 @@ def test_the_headline_is_of_what_the_policy_wrote_alone(name, world):
     assert line["sampled_tokens"] == sampled
     seconds = sampled / line["tokens_per_second_rollouts"]
     assert seconds == pytest.approx(line["seconds_rollouts"], abs=1e-4)
+    trained = line.get("trained_tokens", 0)  # dapo.py found nothing to train on
+    assert (trained > sampled - line.get("probe_tokens", 0)) == (name in WITH_EXPERT_ROWS)
+    assert not trained or trained / line["tokens_per_second_update"] == pytest.approx(line["seconds_update"], rel=0.01)
 
 
 def test_without_a_row_of_its_own_there_is_no_headline(world, capsys):

@@ -247,3 +247,14 @@ def test_the_kits_batch_is_make_batchs():
                 assert mine == theirs, name
             else:
                 assert torch.allclose(mine.double(), theirs.double(), atol=1e-7), name
+
+
+@pytest.mark.parametrize("far", [-700.0, -29.0, -3.0, 0.5, 700.0])
+def test_k3_is_bounded(far):
+    """At most 10, without gradient there; a reference far above the policy gives no infinity."""
+    logprobs = torch.tensor([[far]], requires_grad=True)
+    value = common.kl_divergence(logprobs, torch.zeros(1, 1), "k3")
+    (slope,) = torch.autograd.grad(value.sum(), logprobs)
+    wanted = min(10.0, math.exp(min(-far, 99.0)) - 1 + far)
+    assert value.item() == pytest.approx(wanted, rel=1e-5)
+    assert slope.item() == pytest.approx(0.0 if wanted == 10 else 1 - math.exp(-far), rel=1e-5)
