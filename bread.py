@@ -22,8 +22,8 @@ The probe that is taken is the training group; nothing is sampled again.
 Departures, and choices where the paper is silent. The band is open, (0, 1): any mixed group.
 Readers of the paper say that the shortest prefix is searched; --stop_on_first ends at the first
 group in the band. Most of them also place it in the question: --prefix_site user; here it opens the
-assistant's turn, as "complete the rest" reads. The K-th episode is never shown, nor any part of the
-trace that gives the answer away. Where every probe fails the plain group stays, and the update has
+assistant's turn, as "complete the rest" reads. The K-th episode is never shown, nor a box, nor what
+a thought calls its answer. Where every probe fails the plain group stays, and the update has
 no success for that problem, which the paper says it has. KL is off; group size, lr and clip are
 grpo.py's.
 
@@ -55,7 +55,7 @@ class Config:
     num_episodes: int = 10  # K: pieces of an expert trace, at most; the last is never shown
     band_low: float = 0.0  # a group is taken when its success rate is strictly between these
     band_high: float = 1.0
-    trigger: Literal["all_fail", "always"] = "all_fail"  # search where no plain row is right, or where not in the band
+    trigger: Literal["all_fail", "always"] = "all_fail"  # search where no plain row is right, or few: band_low
     stop_on_first: bool = False  # take the first group in the band; else go on to look for a shorter prefix
     prefix_site: Literal["assistant", "user"] = "assistant"  # whose turn shows the prefix: user, behind the question
     # loss
@@ -120,9 +120,9 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
     plain: the groups without a prefix, each of which stays unless a better one is found.
     """
     tokenizer, best, shown, rounds = sampler.tokenizer, list(plain), [0] * len(plain), 0
-    hard = [not (worth(cfg, g, 0)[0] if cfg.trigger == "always" else any(r.reward for r in g)) for g in plain]
+    hard = [sum(r.reward for r in g) / len(g) <= (cfg.band_low if cfg.trigger == "always" else 0.0) for g in plain]
     traces = [common.shown_ends(problem, tokenizer) for problem in problems]
-    cuts = [common.regroup(ends, cfg.num_episodes - 1) for ends, _ in traces]
+    cuts = [common.regroup([*ends, 0], cfg.num_episodes)[:-1] for ends, _ in traces]  # without the last episode's end
     lo, hi = [0] * len(plain), [searched * (len(c) - 1) for c, searched in zip(cuts, hard, strict=True)]
     opened = [problem.id if last else "" for problem, last in zip(problems, hi, strict=True)]
     while searching := [i for i in range(len(plain)) if lo[i] < hi[i]]:
@@ -144,8 +144,8 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
             else:
                 hi[i] = lo[i] if cfg.stop_on_first and worth(cfg, group, mid)[0] else mid - 1
     log.add(search_rounds_max=rounds)
-    log.add_mean("search_rate", hard)
-    log.add_mean("search_mixed", [worth(cfg, group, 0)[1] for group, h in zip(best, hard, strict=True) if h])
+    log.add_mean("search_rate", [bool(name) for name in opened])
+    log.add_mean("search_mixed", [worth(cfg, group, 0)[1] for group, name in zip(best, opened, strict=True) if name])
     log.add_mean("anchor_depth", [c[n] / len(p.expert_ids) for p, c, n in zip(problems, cuts, shown, strict=True) if n])
     log.add_mean("traces_cut_short", [cut_short for _, cut_short in traces])
     common.log_rollouts(log, [group for group, n in zip(best, shown, strict=True) if n])
@@ -194,8 +194,6 @@ def main(cfg: Config) -> None:
         common.log_rollouts(log, groups)
 
         groups, ids = anchor_search(cfg, sampler, log, step, problems, groups)
-        opened |= set(filter(None, common.gather(ids, world)))
-        log.set(traces_opened=len(opened))
 
         log.phase("advantages")
         for group in groups:
@@ -207,6 +205,8 @@ def main(cfg: Config) -> None:
 
         log.phase("update")
         sampler.sleep()
+        opened |= set(filter(None, common.gather(ids, world)))
+        log.set(traces_opened=len(opened))
         warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
         log.set(lr=common.set_lr(cfg.lr * warm, optimizer))
         if cfg.updates_per_step > 1:

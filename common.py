@@ -172,14 +172,14 @@ def log_rollouts(log: RunLog, groups: list[list[Rollout]]) -> None:
     """Log what the policy wrote alone, the reward of rows that had help, and two samples."""
     guided = [r for group in groups for r in group if r.num_expert_tokens or r.problem.hinted]
     plain = [own for group in groups if (own := [r for r in group if not (r.num_expert_tokens or r.problem.hinted)])]
-    rows = [r for group in plain for r in group]
     log.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in plain])
     log.add_mean("groups_solved", [all(r.reward == 1 for r in group) for group in plain])
     log.add_mean("groups_failed", [not any(r.reward == 1 for r in group) for group in plain])
-    log.add_mean("reward", [r.reward for r in rows])
     log.add_mean("guided_reward", [r.reward for r in guided])
-    log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
-    log.add_mean("truncated", [not r.finished for r in rows])
+    for group in plain:  # each counts once, however many plain rows it has
+        log.add_mean("reward", [sum(r.reward for r in group) / len(group)])
+        log.add_mean("completion_tokens", [sum(len(r.completion_ids) for r in group) / len(group)])
+        log.add_mean("truncated", [sum(not r.finished for r in group) / len(group)])
     for r in [r for group in groups[:1] for r in (group[0], group[-1])]:
         sample = {"id": r.problem.id, "problem": r.problem.text, "completion": r.text, "reward": r.reward}
         log.samples.append(sample | {"expert_tokens": r.num_expert_tokens, "tokens": len(r.completion_ids)})

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -222,9 +223,11 @@ def render(problem: str | list[dict], tokenizer: Tokenizer, template: str) -> tu
 
 def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Problem:
     """The problem with the beginning of its trace behind the question, in the user's turn."""
-    before, question, after = tokenizer.decode(problem.prompt_ids).rpartition(problem.text)
-    if not question:
-        fail(f"problem {problem.id}: the tokenizer changes the question, so that no hint can be put behind it")
+    prompt, question = tokenizer.decode(problem.prompt_ids), problem.text.strip()
+    found = [way for way in (question, unicodedata.normalize("NFC", question)) if way in prompt]
+    if not found:
+        fail(f"problem {problem.id}: its prompt does not hold the question as it is, so that no hint can follow it")
+    before, question, after = prompt.rpartition(found[0])
     text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
     return replace(problem, prompt_ids=tokenizer(text, add_special_tokens=False).input_ids, hinted=True)
 
@@ -293,28 +296,37 @@ def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     return [*ends, len(texts)]
 
 
-GIVEN = re.compile(r"\\boxed|\\fbox")
-GIVEN_AFTER_THINKING = re.compile(r"\\boxed|\\fbox|</think>|\bfinal answer\b", re.IGNORECASE)
-SENTENCE = re.compile(r"(?:[^\n.!?]|[.](?=\w))+")
+BOX = r"\\boxed(?!\{\s*\})|\\fbox|####"  # an empty one is the task's own words
+GIVEN = {False: re.compile(BOX), True: re.compile(BOX + r"|</think>|^\W*final answer\b", re.IGNORECASE | re.MULTILINE)}
+BREAK = re.compile(r"[\n!?]|[.](?!\w)")  # the end of a sentence, not of a decimal
 AS_FINAL = (
-    r"\b(?:answer|result|conclu\w+|finally)\b.*{said}|{said} is the (?:final |right |correct )?(?:answer|result)\b"
+    r"\b(?:answers?|results?|solution|conclu\w+|finally)\b(?:[^.!?]|[.](?=\w)){{0,80}}?{said}"
+    r"|{said} (?:is|must be) the (?:final |right |correct )?(?:answer|result)\b"
 )
+
+
+def written(answer: str) -> set[str]:
+    """Patterns of the ways in which a text may write an answer: bare, its right side, 1,000."""
+    bare = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}|\\[$!,; ]|\\?%|\$", r"\1", answer).strip()
+    ways = {re.escape(way) for way in (answer, bare, bare.rpartition("=")[2].strip()) if way}
+    ways = {re.sub(r"(?<=\d)(?=\d)", ",?", way).replace(r"\-", "[-−]") for way in ways}
+    return {rf"(?<![\w.]){way}(?!\w|[.]\d)" for way in ways}
 
 
 def tokens_before_answer(problem: Problem, tokenizer: Tokenizer) -> int:
     """How many expert tokens can be shown: those before the trace's first box, never all.
 
-    A trace that thinks gives its answer away earlier: where a sentence first states it as final, at
-    the latest where the thought is closed.
+    A trace that thinks gives its answer away earlier: where a sentence calls it answer, result,
+    solution or conclusion, at the latest where the thought is closed. Other words are not seen.
     """
     ids = problem.expert_ids[:-1]
     text = tokenizer.decode(ids)
-    given = [match.start() for match in (GIVEN_AFTER_THINKING if problem.thinks else GIVEN).finditer(text)]
+    thinks = problem.thinks or "</think>" in text
+    given = [match.start() for match in GIVEN[thinks].finditer(text)]
     answers = {problem.answer, last_box(text)} if isinstance(problem.answer, str) else {last_box(text)}
-    for answer in filter(None, answers if problem.thinks else ()):
-        said = rf"(?<![\w.]){re.escape(answer)}(?!\w|[.]\d)"
-        as_final = re.compile(AS_FINAL.replace("{said}", said), re.IGNORECASE)
-        given += [sentence.start() for sentence in SENTENCE.finditer(text) if as_final.search(sentence[0])]
+    for said in {way for answer in filter(None, answers if thinks else ()) for way in written(answer)}:
+        for match in re.compile(AS_FINAL.format(said=said), re.IGNORECASE).finditer(text):
+            given.append(max((end.end() for end in BREAK.finditer(text, 0, match.start())), default=0))
     place = min(given, default=len(text))
     return bisect_right(range(len(ids) + 1), place, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1
 

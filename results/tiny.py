@@ -4,10 +4,10 @@ python results/tiny.py                         runs all that is missing under ru
 python results/tiny.py --methods grpo bread    some of them
 python results/tiny.py --steps 0               only table and figure, from results/tiny.jsonl
 
-One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to five times, DAPO
-up to four times as many), their expert traces for sft and iw_sft. Settings: each file's own
-defaults under tiny/settings.json, tuned for no method (relift, uft: no entropy bonus), at two learning
-rates for all, of which some need the lower one.
+One step is 32 problems for all: 8 rollouts of each for the online methods (BREAD up to five times,
+DAPO up to four times as many), their expert traces for sft and iw_sft. Settings: each file's own
+defaults under tiny/settings.json, tuned for no method (relift, uft: no entropy bonus), at two
+learning rates for all, of which some need the lower one.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """The anchor search with a fake policy, and expert tokens that are no target."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 import random
@@ -127,7 +128,7 @@ def test_the_best_group_that_was_seen_is_taken(plain, band, trigger, stop_on_fir
     curves = [[plain, *(draw.choice([0, 0, 1, 2, 3, 4, 6, N]) for _ in range(K - 1))] for _ in range(60)]
     flags = {"band_low": band[0], "band_high": band[1], "trigger": trigger, "stop_on_first": stop_on_first}
     policy, groups, shown, _ = search(curves, plain, **flags)
-    searched = not band[0] < plain / N < band[1] if trigger == "always" else plain == 0
+    searched = plain / N <= band[0] if trigger == "always" else plain == 0
     for curve, asked, group, episodes in zip(curves, policy.asked, groups, shown, strict=True):
         assert bool(asked) == searched
 
@@ -144,12 +145,26 @@ def test_a_mixed_group_below_the_band_beats_an_all_right_one():
     assert shown == [5] and right(groups[0]) == 2
 
 
-def test_always_keeps_a_plain_group_unless_a_better_one_is_found():
-    """A mixed plain group is not searched; an all right one not replaced by another all right."""
-    policy, groups, shown, _ = search([[2] + [N] * (K - 1)], plain=2, trigger="always")
-    assert shown == [0] and right(groups[0]) == 2 and policy.calls == []
-    _, groups, shown, _ = search([[N] * K], plain=N, trigger="always")
-    assert shown == [0] and right(groups[0]) == N
+def test_always_searches_where_the_plain_group_is_not_above_the_band():
+    """A mixed or an all right group is not searched; one below the band stays unless bettered."""
+    for solved in (2, N):
+        policy, groups, shown, _ = search([[solved] + [N] * (K - 1)], plain=solved, trigger="always")
+        assert shown == [0] and policy.calls == []
+    flags = {"plain": 2, "trigger": "always", "band_low": 0.3, "band_high": 0.6}
+    _, groups, shown, _ = search([[2] + [N] * (K - 1), [2] * 5 + [4] * 5], **flags)
+    assert shown == [0, 5] and [right(group) for group in groups] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"), [(1, []), (2, [12]), (3, [8, 15]), (10, [2, 5, 7, 9, 12, 14, 16, 18, 21])]
+)
+def test_episodes_are_equal_pieces_of_the_trace(pieces, wanted):
+    """Of 23 lines, the last with the box: cut i is round(i 23 / K), and the K-th is hidden."""
+    for lines in wanted:
+        curve = [0] * lines + [4] * (24 - lines)
+        policy, _, shown, _ = search([curve], episodes=23, num_episodes=pieces)
+        assert shown == [lines] and set(policy.asked[0]) <= set(wanted)
+    assert wanted or search([[0] * 24], episodes=23, num_episodes=pieces)[0].calls == []
 
 
 def test_a_sharp_step_takes_the_shortest_succeeding_prefix():
@@ -241,9 +256,15 @@ def test_a_hint_in_the_users_turn(tokenizer):
         groups, _ = bread.anchor_search(cfg, User([]), log, 0, [question], [group_of(question, 0)])
     assert seen == ["Question? Question?\n\nThe solution begins like this:\none\n\n Now."]
     assert groups[0][0].num_expert_tokens == 0 and groups[0][0].problem.hinted
-    assert log.values["guided_reward"] == 0.5 and log.values["reward"] == 0, "no hinted row is one of the policy's own"
-    with pytest.raises(SystemExit, match="problem 0: the tokenizer changes the question"):
+    assert log.values["guided_reward"] == 0.5 and "reward" not in log.values, "no hinted row is the policy's own"
+    with pytest.raises(SystemExit, match="problem 0: its prompt does not hold the question"):
         common.with_hint(dataclasses.replace(question, text="Another?"), [5], tokenizer)
+
+
+def test_ranks_that_share_an_engine_wait_in_sleep():
+    """A rank with fewer probes must serve the others' until all sleep: no collective before that."""
+    source = inspect.getsource(bread.main)
+    assert source.index("anchor_search(") < source.index("sampler.sleep()") < source.index("common.gather(")
 
 
 def test_the_prefix_gets_no_gradient(world):

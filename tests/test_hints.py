@@ -27,14 +27,23 @@ TRACES = {  # a trace, and the pieces that may be shown of it
     "\\boxed{1} it is.\nb\nc": [],
     "nothing to cut \\boxed{1}": [],
     "the answer is 1.\nb\n\\boxed{1}": ["the answer is 1.\n", "b\n"],  # a statement counts where the trace thinks
+    "a\nthe answer is 1.\nb\n</think>\n\\boxed{1}": ["a\n"],  # and it thinks where it closes a thought
+    "a\n#### 1\n\\boxed{1}": ["a\n"],
 }
 THOUGHTS = {  # a thought with the answer 42, and what may be shown of it
     "Let x = 6.\nSo 6*7 = 42.\nThe answer is 42.\nWait.\n</think>\nIt is \\boxed{42}": "Let x = 6.\nSo 6*7 = 42.\n",
-    "So 6*7 = 42.\n\n**Final Answer**\n42\n</think>\n\\boxed{42}": "So 6*7 = 42.\n\n**",
+    "So 6*7 = 42.\n\n**Final Answer**\n42\n</think>\n\\boxed{42}": "So 6*7 = 42.\n",
     "6*7 = 42, so 42 is the final answer. Right.\n</think>\n\\boxed{42}": "",
     "Try 41? The answer is 41. No.\nIt is 42.\n</think>\nSo \\boxed{42}": "Try 41? The answer is 41. No.\nIt is 42.\n",
     "The result is 142 or 42.5.\nfine\n</think>\n\\boxed{42}": "The result is 142 or 42.5.\nfine\n",
     "Finally, x = 42 follows.\nCheck: \\boxed{42}\n</think>\n\\boxed{42}": "",
+    "I must put my final answer within \\boxed{}.\na\n</think>\n\\boxed{42}": (
+        "I must put my final answer within \\boxed{}.\na\n"
+    ),
+    "a\nSo the answer is:\n42\n</think>\n\\boxed{42}": "a\n",
+    "a\nThe final result is\n\\[\n42\n\\]\n</think>\n\\boxed{42}": "a\n",
+    "a\nThe solution is 42%.\n</think>\n\\boxed{42}": "a\n",
+    "a\nSo 42 must be the answer.\n</think>\n\\boxed{42}": "a\n",
     "a\nThe result is 42.\n</think>\n\\boxed{42}": "a\n",
     "a\nSo 42 is the result.\n</think>\n\\boxed{42}": "a\n",
     "In conclusion we get 42\n</think>\n\\boxed{42}": "",
@@ -68,7 +77,9 @@ def test_a_trace_that_thinks_ends_where_it_states_its_answer(trace):
 
 def test_the_answer_is_that_of_the_data_or_that_of_the_box():
     """A decimal is no end of a sentence; a Countdown row's answer is the equation in its box."""
-    for answer, said in (("3.5", "3.5"), ("1/2", "0.5"), ({"target": 42, "nums": [6, 7]}, "6 * 7")):
+    kinds = [("3.5", "3.5"), ("1/2", "0.5"), ({"target": 42, "nums": [6, 7]}, "6 * 7"), ("1000", "1,000")]
+    kinds += [("x=5", "x = 5"), ("\\text{Paris}", "Paris"), ("42\\%", "42")]
+    for answer, said in kinds:
         trace = f"Well.\nAt last the answer is {said} here.\n</think>\n\\boxed{{{said}}}"
         question = dataclasses.replace(problem("q", answer=answer, expert=trace), thinks=True)
         limit = common.tokens_before_answer(question, TOKENIZER)

@@ -81,15 +81,31 @@ def test_a_format_reward_is_no_success(world):
     assert line["groups_failed"] == 1 and line["groups_solved"] == 0 and line["reward"] == 0
 
 
+class Log:
+    """Keeps the values of every mean."""
+
+    def __init__(self):
+        self.values, self.samples = {}, []
+
+    def add_mean(self, name, values):
+        self.values.setdefault(name, []).extend(float(value) for value in values)
+
+
+def test_a_group_counts_once_however_many_plain_rows_it_has():
+    """TRAPO draws eight plain rows of a solved problem and four of a failed one: half are solved."""
+    log, question = Log(), problem("q")
+    solved = [common.Rollout(question, [1] * 10, reward=1.0, finished=True) for _ in range(8)]
+    failed = [common.Rollout(question, [1] * 40) for _ in range(4)] + [
+        common.Rollout(question, [1, 2], 1, reward=1.0)
+    ] * 4
+    common.log_rollouts(log, [solved, failed])
+    means = {name: sum(values) / len(values) for name, values in log.values.items()}
+    assert (means["reward"], means["completion_tokens"], means["truncated"]) == (0.5, 25, 0.5)
+    assert means["groups_failed"] == 0.5 and means["guided_reward"] == 1
+
+
 def test_partial_rewards_solve_nothing():
     """Solved and failed go by rewards of 1; mixed by rewards that differ."""
-
-    class Log:
-        values: dict = {}
-        samples: list = []
-
-        def add_mean(self, name, values):
-            self.values[name] = [float(value) for value in values]
 
     log, question = Log(), problem("q")
     rewards = [[0.1, 0.1], [0.1, 0.0], [1.0, 0.1], [1.0, 1.0]]

@@ -42,10 +42,11 @@ def search(cfg, question, step: int, ask, tokenizer) -> list[kit.Row]:
         return ask((cfg.seed, step, attempt), [(asked, prefix)], cfg.group_size)[0]
 
     plain = probe(0, 0)
-    if in_band(cfg, plain) or (cfg.trigger == "all_fail" and rate(plain) > 0):
-        return plain  # of the groups in the band it has the shortest prefix
+    if rate(plain) > (cfg.band_low if cfg.trigger == "always" else 0):
+        return plain  # in the band it has the shortest prefix, above it a prefix is no help
     found = [(0, plain)]  # (tokens shown, group), in the order in which they are drawn
-    ends = common.regroup(common.shown_ends(question, tokenizer)[0], cfg.num_episodes - 1)
+    pieces = [*common.shown_ends(question, tokenizer)[0], len(question.expert_ids)]
+    ends = common.regroup(pieces, cfg.num_episodes)[:-1]
     lo, hi = 0, len(ends) - 1
     while lo < hi:
         mid = math.ceil((lo + hi) / 2)
