@@ -262,7 +262,7 @@ def test_a_hint_in_the_users_turn(tokenizer):
 
 
 def test_ranks_that_share_an_engine_wait_in_sleep():
-    """A rank with fewer probes must serve the others' until all sleep: no collective before that."""
+    """A rank with fewer probes serves the others until all sleep: no collective before that."""
     source = inspect.getsource(bread.main)
     assert source.index("anchor_search(") < source.index("sampler.sleep()") < source.index("common.gather(")
 

@@ -92,7 +92,7 @@ class Log:
 
 
 def test_a_group_counts_once_however_many_plain_rows_it_has():
-    """TRAPO draws eight plain rows of a solved problem and four of a failed one: half are solved."""
+    """TRAPO draws eight plain rows of a solved problem, four of a failed one: half are solved."""
     log, question = Log(), problem("q")
     solved = [common.Rollout(question, [1] * 10, reward=1.0, finished=True) for _ in range(8)]
     failed = [common.Rollout(question, [1] * 40) for _ in range(4)] + [
