@@ -121,9 +121,9 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
     """
     tokenizer, best, shown, rounds = sampler.tokenizer, list(plain), [0] * len(plain), 0
     hard = [sum(r.reward for r in g) / len(g) <= (cfg.band_low if cfg.trigger == "always" else 0.0) for g in plain]
-    traces = [common.shown_ends(problem, tokenizer) for problem in problems]
+    traces = [common.shown_ends(p, tokenizer) if h else ([], False) for p, h in zip(problems, hard, strict=True)]
     cuts = [common.regroup([*ends, 0], cfg.num_episodes)[:-1] for ends, _ in traces]  # without the last episode's end
-    lo, hi = [0] * len(plain), [searched * (len(c) - 1) for c, searched in zip(cuts, hard, strict=True)]
+    lo, hi = [0] * len(plain), [len(c) - 1 for c in cuts]
     opened = [problem.id if last else "" for problem, last in zip(problems, hi, strict=True)]
     while searching := [i for i in range(len(plain)) if lo[i] < hi[i]]:
         mids, rounds = [(lo[i] + hi[i] + 1) // 2 for i in searching], rounds + 1
@@ -147,7 +147,7 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
     log.add_mean("search_rate", [bool(name) for name in opened])
     log.add_mean("search_mixed", [worth(cfg, group, 0)[1] for group, name in zip(best, opened, strict=True) if name])
     log.add_mean("anchor_depth", [c[n] / len(p.expert_ids) for p, c, n in zip(problems, cuts, shown, strict=True) if n])
-    log.add_mean("traces_cut_short", [cut_short for _, cut_short in traces])
+    log.add_mean("traces_cut_short", [cut_short for (_, cut_short), h in zip(traces, hard, strict=True) if h])
     common.log_rollouts(log, [group for group, n in zip(best, shown, strict=True) if n])
     return best, opened
 
