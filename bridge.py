@@ -248,6 +248,7 @@ def main(cfg: Config) -> None:
         sampler.sleep()
         warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
         lam = cfg.lam if cfg.lam_schedule == "constant" else step / max(1, cfg.steps - 1)
+        log.set(lam=lam)
         log.set(lr=common.set_lr(cfg.lr * warm, optimizer))
         optimizer.param_groups[1]["lr"] = (cfg.lora_lr or cfg.lr) * warm
         if shadow is not None:

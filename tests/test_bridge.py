@@ -240,6 +240,12 @@ def test_at_the_ends_it_is_grpo_and_sft(world, monkeypatch):
         assert all(torch.equal(t, w) for t, w in zip(theta, wanted, strict=True))
 
 
+def test_the_linear_schedule_ends_at_one(world, monkeypatch):
+    """RL weighs 0 in the first of three steps and 1 in the last."""
+    _, lines = main(monkeypatch, meta=False, lam_schedule="linear", steps=3)
+    assert [line["lam"] for line in lines] == [0, 0.5, 1]
+
+
 def test_a_constant_added_to_all_rewards_changes_nothing(world, monkeypatch):
     """The baseline takes it away from all three gradients."""
     groups = fixed_groups()
