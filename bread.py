@@ -41,6 +41,8 @@ from torch import Tensor
 
 import common
 
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
+
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass
@@ -110,7 +112,7 @@ def loss_fn(
 # The anchor ---------------------------------------------------------------------------------------
 def worth(cfg: Config, group: list[common.Rollout], episodes: int) -> tuple[bool, bool, bool, int]:
     """Of two groups the one of larger worth is taken: in the band, mixed, some success, shorter."""
-    success = sum(r.reward for r in group) / len(group)
+    success = sum(r.solved for r in group) / len(group)
     return cfg.band_low < success < cfg.band_high, 0 < success < 1, success > 0, -episodes
 
 
@@ -120,7 +122,7 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
     plain: the groups without a prefix, each of which stays unless a better one is found.
     """
     tokenizer, best, shown, rounds = sampler.tokenizer, list(plain), [0] * len(plain), 0
-    hard = [sum(r.reward for r in g) / len(g) <= (cfg.band_low if cfg.trigger == "always" else 0.0) for g in plain]
+    hard = [sum(r.solved for r in g) / len(g) <= (cfg.band_low if cfg.trigger == "always" else 0.0) for g in plain]
     traces = [common.shown_ends(p, tokenizer) if h else ([], False) for p, h in zip(problems, hard, strict=True)]
     cuts = [common.regroup([*ends, 0], cfg.num_episodes)[:-1] for ends, _ in traces]  # without the last episode's end
     lo, hi = [0] * len(plain), [len(c) - 1 for c in cuts]
@@ -139,7 +141,7 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
         for i, mid, group in zip(searching, mids, groups, strict=True):
             if worth(cfg, group, mid) > worth(cfg, best[i], shown[i]):
                 best[i], shown[i] = group, mid
-            if sum(r.reward for r in group) / len(group) <= cfg.band_low:
+            if sum(r.solved for r in group) / len(group) <= cfg.band_low:
                 lo[i] = mid
             else:
                 hi[i] = lo[i] if cfg.stop_on_first and worth(cfg, group, mid)[0] else mid - 1
@@ -156,7 +158,7 @@ def anchor_search(cfg: Config, sampler, log, step: int, problems: list, plain: l
 def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
     window = cfg.max_completion_tokens * (2 if cfg.prefix_site == "user" else 1)  # a hint in the prompt needs room
@@ -171,7 +173,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state, opened=sorted(opened))

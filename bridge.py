@@ -22,10 +22,9 @@ grpo.py with --lam 1 --lora_rank 0 --lr 1e-6 --max_completion_tokens 8192; with 
 
 One RL step from theta is what the reviewers of v1 and v2 describe. All gradients are taken at the
 same weights, so the gain compares theta before its joint step with the shadow after its RL step: it
-measures that step and not the help of SFT. To update theta first and w at the new theta would
-measure the help; which of the two the paper means cannot be decided without its text. A shadow that
-persists drifts off. In the log, surrogate_gain is J_RL(theta, w) - J_RL(shadow, w) on the policy's
-own rollouts, no difference of rewards; shadow_kl and shadow_ratio_max say how far the shadow is.
+measures that step, not the help of SFT, as w at the new theta would; which the paper means cannot
+be decided without its text. A shadow that persists drifts off. In the log, surrogate_gain is
+J_RL(theta, w) - J_RL(shadow, w) on the policy's own rollouts, no difference of rewards.
 
 Departures, and choices where the paper is silent. GRPO is the RL algorithm, without the paper's KL
 to a fixed reference. lam is constant (its appendix; --lam_schedule linear is its method text).
@@ -49,6 +48,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def shadow_backward(cfg: Config, log, shadow, reference, rows: list, counts: com
 def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     lora = (cfg.lora_rank, cfg.lora_alpha, cfg.run.seed)
     copies = 2 if cfg.meta and cfg.lora_rank else 1  # the shadow serves the adapter alone
     models = [add_adapter(common.load_model(cfg.run), *lora) for _ in range(copies)]
@@ -213,7 +214,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)
@@ -248,8 +249,7 @@ def main(cfg: Config) -> None:
         sampler.sleep()
         warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
         lam = cfg.lam if cfg.lam_schedule == "constant" else step / max(1, cfg.steps - 1)
-        log.set(lam=lam)
-        log.set(lr=common.set_lr(cfg.lr * warm, optimizer))
+        log.set(lr=common.set_lr(cfg.lr * warm, optimizer), lam=lam)
         optimizer.param_groups[1]["lr"] = (cfg.lora_lr or cfg.lr) * warm
         if shadow is not None:
             common.set_lr(cfg.lr * warm, shadow_optimizer)

@@ -13,7 +13,6 @@ fixed before the first backward from counts over all micro-batches and all ranks
 *sum* over micro-batches and ranks.
 """
 
-import importlib.util
 import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from core.config import RunConfig, parse
 from core.data import Problem, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
+from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
@@ -40,17 +40,19 @@ from core.model import (
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, finish, resume, save
-from core.sampler import TransformersEngine
+from core.rewards import RewardFn, grade, load_grader, math_reward
 from core.verifier import answer_part, boxed, verify
 
 
 # Problems -----------------------------------------------------------------------------------------
-def load_data(cfg, tokenizer: Tokenizer, require_expert: bool = False) -> tuple[list[Problem], list[Problem]]:
-    """Training and test problems of a run; no test problems where --test_data is empty."""
+def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bool = False) -> tuple[list, list]:
+    """Training and test Problems of a run; no test problems where --test_data is empty."""
     run = cfg.run
     limits = (run.template, run.columns, run.max_prompt_tokens, cfg.max_completion_tokens)
-    train = load_problems(run.data, tokenizer, *limits, require_expert)
-    return train, load_problems(run.test_data, tokenizer, *limits, split="test") if run.test_data else []
+    grader = load_grader(run.reward, reward_fn, run.solved, run.reward_seconds)
+    cfg.run = replace(run, reward=grader.source)  # so that config.json and final/ say what was in force
+    train = load_problems(run.data, tokenizer, *limits, require_expert, grader=grader)
+    return train, load_problems(run.test_data, tokenizer, *limits, split="test", grader=grader) if run.test_data else []
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -87,10 +89,16 @@ class Rollout:
     text: str = ""
     finished: bool = False  # ends with EOS; a completion that hit the length limit does not
     reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)  # of the reward, where its function names them
     advantage: float = 0.0
     prefix_advantage: float | None = None  # of the expert's tokens, where it is not the row's (prefix_rft.py)
     taught: bool = True  # False: the expert's tokens are not a target, since another row has the same (trapo.py)
     old_logprobs: Tensor | None = None  # (completion length,), of the policy that made the batch; None: not stored
+
+    @property
+    def solved(self) -> bool:
+        """Whether the reward reaches --solved: success, however rewards are scaled."""
+        return self.reward >= self.problem.grader.solved - 1e-6
 
 
 def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:
@@ -104,8 +112,7 @@ class Sampler:
 
     def __init__(self, engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer, self.stop_ids = engine, tokenizer, engine.stop_ids
-        self.sleep = engine.sleep  # leave the device to the update
-        self.sync = engine.sync  # take the trained weights (collective)
+        self.sleep, self.sync = engine.sleep, engine.sync  # free the device; take the trained weights (collective)
 
     def generate(
         self,
@@ -136,36 +143,28 @@ class Sampler:
 
 
 def load_sampler(run: RunConfig, tokenizer: Tokenizer, world: World, max_completion_tokens: int) -> Sampler:
-    """The inference engine of a run: vLLM, or transformers where `auto` finds no GPU or no vLLM."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if run.sampler == "vllm" and not installed:
-        fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
-    if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
-        return Sampler(TransformersEngine(run, tokenizer, world), tokenizer)
-    vllm_sampler = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
-    longest = run.max_prompt_tokens + max_completion_tokens
-    return Sampler(vllm_sampler.VLLMEngine(run, tokenizer, world, longest), tokenizer)
+    """The sampler of a run, on the engine that --sampler names."""
+    return Sampler(load_engine(run, tokenizer, world, run.max_prompt_tokens + max_completion_tokens), tokenizer)
 
 
 # Scoring ------------------------------------------------------------------------------------------
 def score(groups: list[list[Rollout]]) -> dict[str, int]:
-    """Write the verifier's reward into every rollout. Returns what the log counts of them."""
+    """Write the reward and its parts into every rollout. Returns what the log counts of them."""
     flat = [rollout for group in groups for rollout in group]
-    texts = [answer_part(r.text, r.problem.thinks) for r in flat]
-    rewards, errors = verify(texts, [r.problem.answer for r in flat])
-    for rollout, reward in zip(flat, rewards, strict=True):
-        rollout.reward = reward
+    grades, errors = grade([r.problem for r in flat], [r.text for r in flat])
+    for rollout, found in zip(flat, grades, strict=True):
+        rollout.reward, rollout.parts = found
     return {"verifier_errors": errors, "sampled_tokens": sum(len(r.completion_ids) - r.num_expert_tokens for r in flat)}
 
 
-def evaluate(sampler: Sampler, problems: list[Problem], cfg, world: World) -> float:
-    """Mean reward over problems, samples and ranks; the same seeds at every call (collective)."""
+def evaluate(sampler: Sampler, problems: list[Problem], cfg, world: World) -> dict[str, float]:
+    """Share of solved samples, mean of a reward of one's own; seeds are fixed (collective)."""
     mine, seed = problems[world.rank :: world.size], (cfg.run.seed, -1)
     groups = sampler.generate(mine, None, cfg.run.eval_samples, cfg.max_completion_tokens, cfg.temperature, seed)
     score(groups)
-    rewards = [rollout.reward for group in groups for rollout in group]
-    total, count = all_sum(torch.tensor([sum(rewards), len(rewards)], dtype=torch.float64), world).tolist()
-    return total / count
+    found = torch.tensor([(r.solved, r.reward, 1.0) for group in groups for r in group], dtype=torch.float64)
+    solved, reward, count = all_sum(found.reshape(-1, 3).sum(0), world).tolist()
+    return {"test_accuracy": solved / count} | ({"test_reward": reward / count} if problems[0].grader.source else {})
 
 
 def log_rollouts(log: RunLog, groups: list[list[Rollout]]) -> None:
@@ -173,11 +172,13 @@ def log_rollouts(log: RunLog, groups: list[list[Rollout]]) -> None:
     guided = [r for group in groups for r in group if r.num_expert_tokens or r.problem.hinted]
     plain = [own for group in groups if (own := [r for r in group if not (r.num_expert_tokens or r.problem.hinted)])]
     log.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in plain])
-    log.add_mean("groups_solved", [all(r.reward == 1 for r in group) for group in plain])
-    log.add_mean("groups_failed", [not any(r.reward == 1 for r in group) for group in plain])
+    log.add_mean("groups_solved", [all(r.solved for r in group) for group in plain])
+    log.add_mean("groups_failed", [not any(r.solved for r in group) for group in plain])
     log.add_mean("guided_reward", [r.reward for r in guided])
     for group in plain:  # each counts once, however many plain rows it has
         log.add_mean("reward", [sum(r.reward for r in group) / len(group)])
+        for name in group[0].parts:
+            log.add_mean(f"reward_{name}", [sum(r.parts.get(name, 0.0) for r in group) / len(group)])
         log.add_mean("completion_tokens", [sum(len(r.completion_ids) for r in group) / len(group)])
         log.add_mean("truncated", [sum(not r.finished for r in group) / len(group)])
     for r in [r for group in groups[:1] for r in (group[0], group[-1])]:
@@ -346,8 +347,7 @@ def count(rollouts: list[Rollout], world: World) -> Counts:
     """The counts of an optimizer step from this rank's rows (collective)."""
     expert, total = sum(r.num_expert_tokens for r in rollouts), sum(len(r.completion_ids) for r in rollouts)
     whole = sum(r.num_expert_tokens == len(r.completion_ids) for r in rollouts)
-    mine = torch.tensor([total - expert, expert, len(rollouts) - whole, whole])
-    return Counts(*all_sum(mine, world).tolist())
+    return Counts(*all_sum(torch.tensor([total - expert, expert, len(rollouts) - whole, whole]), world).tolist())
 
 
 # Log-probabilities --------------------------------------------------------------------------------
@@ -417,4 +417,4 @@ __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all
 __all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "verify"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish"]
+__all__ += ["finish", "math_reward"]

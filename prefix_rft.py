@@ -48,6 +48,8 @@ from torch import Tensor
 
 import common
 
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
+
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass
@@ -147,7 +149,7 @@ def draw_prefix(trace_tokens: int, low: float, high: float, least: int, rng: np.
 def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
@@ -160,7 +162,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)

@@ -40,6 +40,8 @@ from torch import Tensor
 
 import common
 
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
+
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass
@@ -130,7 +132,7 @@ def push_and_pop(buffer: list[str], failed: list[str], size: int, order: str) ->
 def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     by_id = {problem.id: problem for problem in train}
     policy = common.load_policy(cfg.run, world)
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
@@ -147,7 +149,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state, buffer=buffer)
@@ -170,7 +172,7 @@ def main(cfg: Config) -> None:
         common.log_rollouts(log, groups)
 
         log.phase("buffer")
-        failed = common.gather(["" if any(r.reward for r in group) else group[0].problem.id for group in groups], world)
+        failed = common.gather(["" if any(r.solved for r in group) else group[0].problem.id for group in groups], world)
         buffer, taken = push_and_pop(buffer, list(filter(None, failed)), cfg.buffer_size, cfg.buffer_order)
         log.set(buffer=len(buffer), sft_rows=len(taken))
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 import common
 
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
+
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass
@@ -78,7 +80,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, final_lr: f
 def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
@@ -90,7 +92,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)

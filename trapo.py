@@ -40,6 +40,8 @@ from torch import Tensor
 
 import common
 
+reward_fn = common.math_reward  # (problem, completion) -> number or {name: (weight, number)}; --reward F wins
+
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass
@@ -113,9 +115,9 @@ def loss_fn(
 
 
 # The micro-groups ---------------------------------------------------------------------------------
-def prefix_tokens(trace_tokens: int, share: float, threshold: float, rewards: list[float]) -> int:
+def prefix_tokens(trace_tokens: int, share: float, threshold: float, solved: list[bool]) -> int:
     """Expert tokens of a micro-group: share x trace where the mean is below threshold, else 0."""
-    if not rewards or sum(rewards) / len(rewards) >= threshold:
+    if not solved or sum(solved) / len(solved) >= threshold:
         return 0
     return int(share * trace_tokens)
 
@@ -133,7 +135,7 @@ def main(cfg: Config) -> None:
     tokenizer = common.load_tokenizer(cfg.run.model)
     if sum(cfg.sizes) != cfg.group_size:
         common.fail(f"--sizes {cfg.sizes} do not add up to --group_size {cfg.group_size}")
-    train, test = common.load_data(cfg, tokenizer, require_expert=True)
+    train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
@@ -146,7 +148,7 @@ def main(cfg: Config) -> None:
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
-            log.set(test_accuracy=common.evaluate(sampler, test, cfg, world))
+            log.set(**common.evaluate(sampler, test, cfg, world))
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)
@@ -160,7 +162,7 @@ def main(cfg: Config) -> None:
         for stage, (size, share, threshold) in enumerate(zip(cfg.sizes, cfg.shares, cfg.thresholds, strict=True)):
             log.phase("rollouts")
             lengths = [
-                prefix_tokens(len(problem.expert_ids), share, threshold, [r.reward for r in group])
+                prefix_tokens(len(problem.expert_ids), share, threshold, [r.solved for r in group])
                 for problem, group in zip(problems, groups, strict=True)
             ]
             if share < 1:  # the whole trace is a row of its own, a part of it must leave something to find

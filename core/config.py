@@ -24,6 +24,10 @@ class RunConfig:
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     seed: int = 0  # of the order of problems and of everything sampled
+    # reward
+    reward: str = ""  # FILE.py:FUNCTION of your own; empty: the reward_fn of the method file
+    solved: float = 1.0  # a reward from here on is a solved problem
+    reward_seconds: float = 5.0  # time limit of one completion
     # sampler
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM if installed and on a GPU
     sampler_memory: float = 0.4  # share of the GPU for vLLM
@@ -97,4 +101,4 @@ def read_settings(path: Path, script: str) -> dict[str, object]:
     """A model folder's settings.json; the section of the script's name wins; empty without one."""
     settings = json.loads(path.read_text()) if path.is_file() else {}
     settings |= settings.pop(script, {})
-    return settings | {k: str(path.parent / settings[k]) for k in ("data", "test_data") if k in settings}
+    return settings | {k: str(path.parent / settings[k]) for k in ("data", "test_data", "reward") if k in settings}

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import datasets
 
 from core.model import Tokenizer
 from core.processes import fail, first_line, print0
-from core.verifier import answer_part, boxed, golds_parse, last_box, verify
+from core.rewards import VERIFIER, Grader, grade
+from core.verifier import answer_part, boxed, golds_parse, last_box
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Problem:
     score: float | None = None  # how good the trace is, where the data set says so
     occurrence: int = 0  # how often the step has drawn this problem before
     hinted: bool = False  # the prompt shows a part of the trace
+    grader: Grader = VERIFIER  # what its completions earn
+    row: dict = field(default_factory=dict, compare=False, repr=False)  # as the data has it, for one's own rewards
 
 
 def group_seed(seed: tuple[int, ...], problem: Problem) -> int:
@@ -357,6 +360,7 @@ def load_problems(
     max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
     require_expert: bool = False,  # rows without a usable expert trace are dropped; else traces are not read
     split: str = "train",
+    grader: Grader = VERIFIER,
 ) -> list[Problem]:
     """Read, render and check a data set. A row is kept, or counted with the reason it is not."""
     template, rows = choose_template(template, tokenizer), read_rows(name, split)
@@ -365,11 +369,13 @@ def load_problems(
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
-    readable = iter(golds_parse([found["answer"] for found in fields if "answer" in found]))
+    answers = [] if grader.source else [found["answer"] for found in fields if "answer" in found]
+    readable = iter(golds_parse(answers))
     kept, dropped, seen = [], defaultdict(list), set()
     for (where, row), found in zip(rows, fields, strict=True):
-        answer_ok, number = "answer" in found and next(readable), where.rsplit(":", 1)[-1]
-        problem = make_problem(row, found, answer_ok, tokenizer, template, max_prompt_tokens, require_expert)
+        answer_ok = bool(grader.source) or ("answer" in found and next(readable))
+        problem = make_problem(row, found, answer_ok, tokenizer, template, max_prompt_tokens, require_expert, grader)
+        number = where.rsplit(":", 1)[-1]
         if isinstance(problem, Problem) and len(problem.expert_ids or ()) > max_completion_tokens:
             problem = f"expert trace over {max_completion_tokens} tokens"
         if isinstance(problem, str):
@@ -384,6 +390,8 @@ def load_problems(
     print0(f"data {name}: {len(kept)} of {len(rows)} rows kept, template {template}{drops and f'; {drops}'}")
     if not kept:
         fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}")
+    if grader.source and grade([kept[0][-1]], [""])[1]:
+        fail(f"--reward {grader.source} fails on problem {kept[0][-1].id} and an empty completion, as said above")
     print0(f"first prompt: {tokenizer.decode(kept[0][-1].prompt_ids)!r}")
     if require_expert:
         describe_traces(name, kept, tokenizer)
@@ -391,10 +399,11 @@ def load_problems(
 
 
 def make_problem(
-    row, found, answer_ok: bool, tokenizer: Tokenizer, template: str, longest: int, expert: bool
+    row, found, answer_ok: bool, tokenizer: Tokenizer, template: str, longest: int, expert: bool, grader: Grader
 ) -> Problem | str:
     """The problem of a row, on request with its trace; or the reason for which it is dropped."""
-    missing = [f for f in ("problem", "answer", *(["solution"] if expert else [])) if f not in found]
+    needed = {"problem": True, "answer": not grader.source, "solution": expert}
+    missing = [name for name, need in needed.items() if need and name not in found]
     if missing:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
@@ -404,23 +413,27 @@ def make_problem(
         return f"prompt over {longest} tokens"
     thinks, expert_ids, ends = prompt.rstrip().endswith("<think>"), None, ()
     if expert:
-        solution = with_box(found["solution"], found["answer"], row, thinks)
+        boxed_answer = not grader.source  # a reward of one's own says what a right trace looks like
+        solution = with_box(found["solution"], found["answer"], row, thinks) if boxed_answer else found["solution"]
         encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
         expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
         ends = step_ends(steps_of(row), solution, encoded.offset_mapping)
     score = found["score"] if isinstance(found.get("score"), (int, float)) else None
-    return Problem("", question_text(found["problem"]), prompt_ids, found["answer"], expert_ids, thinks, ends, score)
+    fields = {"thinks": thinks, "step_ends": ends, "score": score, "grader": grader}
+    fields["row"] = row if grader.source else {}  # else it would only take memory
+    return Problem("", question_text(found["problem"]), prompt_ids, found.get("answer", ""), expert_ids, **fields)
 
 
 def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, list[str]]) -> list[tuple]:
-    """Those entries whose expert trace the verifier calls right."""
+    """Those entries whose expert trace solves its problem."""
     problems = [problem for *_, problem in kept]
-    texts = [answer_part(tokenizer.decode(p.expert_ids, skip_special_tokens=True), p.thinks) for p in problems]
-    scores, _ = verify(texts, [p.answer for p in problems], progress="checking expert traces")
-    for (where, *_), score in zip(kept, scores, strict=True):
-        if score != 1:
+    texts = [tokenizer.decode(p.expert_ids, skip_special_tokens=True) for p in problems]
+    grades, _ = grade(problems, texts, progress="checking expert traces")
+    right = [found.reward >= p.grader.solved for p, found in zip(problems, grades, strict=True)]
+    for (where, *_), solved in zip(kept, right, strict=True):
+        if not solved:
             dropped["expert trace that the verifier rejects"].append(where)
-    return [entry for entry, score in zip(kept, scores, strict=True) if score == 1]
+    return [entry for entry, solved in zip(kept, right, strict=True) if solved]
 
 
 def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer) -> None:

@@ -172,7 +172,8 @@ def open_folder(cfg: object, script: str, world: World) -> Path:
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not cfg.run.resume:
-            for source in (Path(script), ROOT / "common.py"):
+            own = [Path(cfg.run.reward.rpartition(":")[0])] if cfg.run.reward else []
+            for source in {Path(script).resolve(), ROOT / "common.py", *own}:
                 shutil.copy(source, out / source.name)
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)

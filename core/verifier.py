@@ -8,6 +8,7 @@ import operator
 import os
 import re
 import threading
+from collections.abc import Callable
 from fractions import Fraction
 
 import math_verify
@@ -101,8 +102,8 @@ _pool: pebble.ProcessPool | None = None
 _pool_lock = threading.Lock()
 
 
-def check_items(items: list[tuple[str, str | None]], time_limit: float, progress: str = "") -> tuple[list[bool], int]:
-    """check_item of all in the pool. (verdicts, errors): to hang or crash is False and an error."""
+def in_pool(function: Callable, items: list[tuple], time_limit: float, progress: str = "") -> tuple[list, int]:
+    """function(*item) of all in worker processes. (results, errors): None for one that died."""
     global _pool
     if not items:
         return [], 0
@@ -110,15 +111,21 @@ def check_items(items: list[tuple[str, str | None]], time_limit: float, progress
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")
             _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork)
-        futures = [_pool.schedule(check_item, args=[item], timeout=time_limit) for item in items]
-    verdicts, errors = [], 0
+        futures = [_pool.schedule(function, args=item, timeout=time_limit) for item in items]
+    results, errors = [], 0
     for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
         error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired where it died
         if error is not None:
-            print0(f"verifier error: {first_line(error)}")
+            print0(f"reward error: {first_line(error)}")
             errors += 1
-        verdicts.append(error is None and future.result())
-    return verdicts, errors
+        results.append(None if error is not None else future.result())
+    return results, errors
+
+
+def check_items(items: list[tuple[str, str | None]], time_limit: float, progress: str = "") -> tuple[list[bool], int]:
+    """check_item of all in the pool. (verdicts, errors): to hang or crash is False and an error."""
+    verdicts, errors = in_pool(check_item, [(item,) for item in items], time_limit, progress)
+    return [bool(verdict) for verdict in verdicts], errors
 
 
 @atexit.register

@@ -23,46 +23,30 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "test_defaults test_pages test_method_losses test_method_updates test_log test_methods"
-WHERE = {  # the test files that could see a line of a file, the quick ones first; of a method with -k
-    "common.py": "test_sampler test_losses test_packing test_method_losses test_pages test_method_updates test_log "
-    "test_gradients test_eval test_scripts",
-    "core/data.py": "test_hints test_data test_pages",
-    "core/records.py": "test_log test_resume test_methods test_gradients",
-    "core/model.py": "test_gradients test_packing test_losses test_sampler test_methods",
-    "core/sampler.py": "test_sampler test_methods",
-    "core/config.py": "test_scripts test_defaults test_skeleton",
-    "core/processes.py": "test_packing test_gradients test_method_updates test_resume",
+WHERE = {  # the tests that could see a line of a file, the quick ones first; FILE:EXPRESSION is with -k EXPRESSION
+    "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
+    "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
+    "core/data.py": "test_hints test_data test_pages:uft",
+    "core/records.py": "test_log test_methods:saving test_resume test_gradients",
+    "core/model.py": "test_packing test_losses test_sampler test_gradients test_methods:grpo",
+    "core/rewards.py": "test_rewards",
+    "core/sampler.py": "test_sampler test_methods:grpo",
+    "core/config.py": "test_scripts test_defaults: test_skeleton",
+    "core/processes.py": "test_packing test_gradients test_method_updates:grpo-or-two_ranks test_resume",
     "core/verifier.py": "test_verifier test_data",
     "eval.py": "test_eval",
     "bridge.py": "test_defaults test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
     "iw_sft.py": "test_defaults test_iw_sft test_losses test_pages test_methods",
     "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods",
-    "bread.py": "test_bread test_defaults test_pages test_methods test_hints",
+    "bread.py": "test_bread test_defaults test_pages test_methods test_hints test_rewards",
+    "hpt.py": METHOD + " test_rewards",
+    "relift.py": METHOD + " test_rewards",
     "uft.py": METHOD + " test_hints",
     "prefix_rft.py": METHOD + " test_hints",
     "trapo.py": METHOD + " test_hints",
 }
-ALL = {
-    "test_sampler",
-    "test_losses",
-    "test_packing",
-    "test_hints",
-    "test_data",
-    "test_bread",
-    "test_bridge",
-    "test_dapo",
-}
-ALL |= {
-    "test_iw_sft",
-    "test_log",
-    "test_gradients",
-    "test_resume",
-    "test_verifier",
-    "test_eval",
-    "test_scripts",
-    "test_skeleton",
-}
+BY_METHOD = METHOD.replace("test_log ", "")  # of these test files only what has the method's name
 
 MUTATIONS = [  # (file, the line as it is, wrong)
     # what is sampled
@@ -145,10 +129,10 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("trapo.py", "total = (num_tokens + counts.expert,", "total = (num_tokens,"),
     ("srft.py", "/ max(counts.policy + counts.expert, 1)", "/ max(counts.policy, 1)"),
     # which rows, which masks
-    ("relift.py", '["" if any(r.reward for r in group) else', '["" if group[0].reward else'),
+    ("relift.py", '["" if any(r.solved for r in group) else', '["" if group[0].reward else'),
     ("relift.py", "taken[world.rank :: world.size]", "taken"),
-    ("hpt.py", "sum(r.reward for r in group) <= cfg.gate", "sum(r.reward for r in group) < cfg.gate"),
-    ("bread.py", "not (worth(cfg, g, 0)[0] if cfg.trigger", "(worth(cfg, g, 0)[0] if cfg.trigger"),
+    ("hpt.py", "sum(r.solved for r in group) <= cfg.gate", "sum(r.solved for r in group) < cfg.gate"),
+    ("bread.py", '(cfg.band_low if cfg.trigger == "always" else 0.0) for', "0.0 for"),
     ("bread.py", "mids, rounds = [(lo[i] + hi[i] + 1) // 2", "mids, rounds = [max(lo[i] + 1, (lo[i] + hi[i]) // 2)"),
     ("bread.py", "0 < success < 1, success > 0, -episodes", "0 < success < 1, success > 0, episodes"),
     ("trapo.py", "lengths = list(map(min, lengths, limits))", "pass"),
@@ -230,8 +214,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "common.py",
-        "mine = torch.tensor([total - expert, expert, len(rollouts) - whole, whole])",
-        "mine = torch.tensor([total, expert, len(rollouts) - whole, whole])",
+        "torch.tensor([total - expert, expert, len(rollouts) - whole, whole])",
+        "torch.tensor([total, expert, len(rollouts) - whole, whole])",
     ),
     ("common.py", "predict = (ends - lengths)[row] + column - 1", "predict = (ends - lengths)[row] + column"),
     ("common.py", "if not (r.num_expert_tokens or r.problem.hinted)", "if not r.problem.hinted"),
@@ -250,6 +234,14 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/model.py", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
     ("core/verifier.py", "if start > last:", "if start >= 0:"),
+    # rewards
+    ("bread.py", "success = sum(r.solved for r in group)", "success = sum(r.reward for r in group)"),
+    ("bread.py", "hard = [sum(r.solved for r in g)", "hard = [sum(r.reward for r in g)"),
+    ("relift.py", "any(r.solved for r in group) else", "any(r.reward for r in group) else"),
+    ("hpt.py", "failed = [sum(r.solved for r", "failed = [sum(r.reward for r"),
+    ("common.py", "self.problem.grader.solved - 1e-6", "1 - 1e-6"),
+    ("core/rewards.py", "float(weight) * float(value)", "float(value)"),
+    ("core/rewards.py", "Grade(0.0) if result is None", "Grade(1.0) if result is None"),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),
@@ -276,9 +268,10 @@ def plant(copy: Path, name: str, line: str, wrong: str) -> str:
 
 def seen(copy: Path, name: str) -> str:
     """The test that fails, or nothing."""
-    stem = Path(name).stem
-    for whole, files in itertools.groupby(WHERE.get(name, METHOD).split(), ALL.__contains__):
-        chosen = [f"tests/{file}.py" for file in files] + ([] if whole else ["-k", f"{stem} or two_ranks"])
+    stem, where = Path(name).stem, WHERE.get(name, METHOD)
+    choose = [f"{file}:{stem}-or-two_ranks" if file in BY_METHOD.split() else file for file in where.split()]
+    for expression, files in itertools.groupby(choose, lambda file: file.partition(":")[2].replace("-", " ")):
+        chosen = [f"tests/{file.partition(':')[0]}.py" for file in files] + (["-k", expression] if expression else [])
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)

@@ -1,0 +1,106 @@
+"""Rewards: what a completion earns, by the verifier or by a function of one's own."""
+
+import functools
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from core.processes import fail, first_line
+from core.verifier import answer_part, in_pool, verify
+
+RewardFn = Callable[[object, str], float | dict[str, tuple[float, float]]]  # (problem, completion) -> number or parts
+
+
+@dataclass(frozen=True)
+class Grader:
+    """How the completions of a run are graded; every problem holds it."""
+
+    source: str = ""  # FILE.py:FUNCTION; empty: the verifier
+    solved: float = 1.0  # a reward from here on is a solved problem
+    seconds: float = 5.0  # time limit of one completion
+
+
+VERIFIER = Grader()
+
+
+class Grade(NamedTuple):
+    """What a completion earned: the weighted sum of its parts, if the function names any."""
+
+    reward: float
+    parts: dict[str, float] = {}
+
+
+def math_reward(problem, completion: str) -> float:
+    """1 where the completion's boxed answer is the problem's, else 0: what a run has by default."""
+    return verify([answer_part(completion, problem.thinks)], [problem.answer])[0][0]
+
+
+def load_grader(reward: str, reward_fn: RewardFn, solved: float, seconds: float) -> Grader:
+    """The grader of a run: FILE.py:FUNCTION where --reward says so, else the method file's own.
+
+    A file that has no such function ends the run with a sentence.
+    """
+    source = reward
+    if not reward and reward_fn is not math_reward:
+        if "." in reward_fn.__qualname__ or reward_fn.__name__ == "<lambda>":
+            fail("reward_fn must be a function at the top of a file: worker processes load it from there")
+        source = f"{inspect.getsourcefile(reward_fn)}:{reward_fn.__name__}"
+    if not source:
+        return Grader(solved=solved, seconds=seconds)
+    path, _, name = source.rpartition(":")
+    if not Path(path).is_file():
+        fail(f"--reward {source}: there is no file {path or source}; it is written FILE.py:FUNCTION")
+    try:
+        load_function(source)
+    except Exception as error:  # whatever a file of the user's own raises while it runs
+        fail(f"--reward {source}: {path} cannot be run, or has no function {name} ({first_line(error)})")
+    return Grader(f"{Path(path).resolve()}:{name}", solved, seconds)
+
+
+@functools.cache
+def load_function(source: str) -> Callable:
+    """The function of FILE.py:FUNCTION. The file runs once a process, imports from its folder."""
+    path, _, name = source.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.append(str(Path(path).resolve().parent))
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def call(source: str, problem, completion: str) -> Grade:
+    """In a worker: what a function of one's own says of a completion.
+
+    It returns a number, or {name: (weight, number)}. ValueError where it returns anything else.
+    """
+    found = load_function(source)(problem, completion)
+    parts = found if isinstance(found, dict) else {"": (1.0, found)}
+    try:
+        reward = math.fsum(float(weight) * float(value) for weight, value in parts.values())
+    except (TypeError, ValueError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise ValueError(f"a reward is a finite number or {{name: (weight, number)}}, not {found!r}")
+    return Grade(reward, {name: float(value) for name, (_, value) in parts.items() if name})
+
+
+def grade(problems: list, texts: list[str], progress: str = "", many_boxes: str = "zero") -> tuple[list[Grade], int]:
+    """(the grade of every text, the number of errors): what hangs or crashes earns 0.
+
+    A function of one's own sees the problem and the whole text, the verifier the text after a
+    thought. `many_boxes` is the verifier's.
+    """
+    grader = problems[0].grader if problems else VERIFIER
+    if not grader.source:
+        parts = [answer_part(text, problem.thinks) for problem, text in zip(problems, texts, strict=True)]
+        rewards, errors = verify(parts, [p.answer for p in problems], many_boxes, grader.seconds, progress)
+        return [Grade(reward) for reward in rewards], errors
+    items = [(grader.source, problem, text) for problem, text in zip(problems, texts, strict=True)]
+    found, errors = in_pool(call, items, grader.seconds, progress)
+    return [Grade(0.0) if result is None else result for result in found], errors

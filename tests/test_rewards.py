@@ -1,0 +1,178 @@
+"""A reward of one's own, in loading, training and eval.py; what solved is; what breaks."""
+
+import dataclasses
+import json
+import shutil
+import time
+
+import pytest
+from conftest import ROOT, problem, read_metrics, run_script, train
+
+import common
+from core.rewards import VERIFIER, Grade, Grader, grade, load_grader
+
+FUNCTIONS = """
+import time
+
+def length(problem, completion):
+    return len(completion) / 100
+
+def row(problem, completion):
+    return float(problem.row["wanted"] in completion)
+
+def parts(problem, completion):
+    return {"digits": (0.5, sum(c.isdigit() for c in completion)), "boxed": (-2.0, "boxed" in completion)}
+
+def slow(problem, completion):
+    time.sleep(60 * (completion == "hang"))
+    return 1
+
+def broken(problem, completion):
+    return 1 / len(completion)
+
+def nothing(problem, completion):
+    pass
+
+def crash(problem, completion):
+    import os
+    os._exit(3)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The grader of a function of a file."""
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+
+    def load(name: str, **changed: float) -> Grader:
+        found = load_grader(f"{tmp_path / 'mine.py'}:{name}", common.math_reward, 1.0, 5.0)
+        return dataclasses.replace(found, **changed)
+
+    return load
+
+
+def graded(grader: Grader, *texts: str, **row: str) -> tuple[list[Grade], int]:
+    question = dataclasses.replace(problem("q"), grader=grader, row=row)
+    return grade([question] * len(texts), list(texts))
+
+
+def test_a_number_or_parts(own):
+    """It sees the row and the whole text; a reward is the weighted sum of its parts."""
+    assert graded(own("length"), "a" * 50, "") == ([Grade(0.5), Grade(0.0)], 0)
+    assert graded(own("row"), "the cat", "a dog", wanted="cat") == ([Grade(1.0), Grade(0.0)], 0)
+    wanted = [Grade(1.0, {"digits": 2, "boxed": 0}), Grade(-1.5, {"digits": 1, "boxed": 1})]
+    assert graded(own("parts"), "12", "boxed 1") == (wanted, 0)
+
+
+def test_the_default_is_the_verifier():
+    """Of what follows a thought."""
+    assert load_grader("", common.math_reward, 1.0, 5.0) == VERIFIER
+    right, wrong, thinking = "\\boxed{1}", "\\boxed{2}", "\\boxed{1}</think>\\boxed{2}"
+    assert graded(VERIFIER, right, wrong) == ([Grade(1.0), Grade(0.0)], 0)
+    thinks = dataclasses.replace(problem("q"), thinks=True)
+    assert grade([thinks], [thinking])[0] == [Grade(0.0)] and common.math_reward(thinks, thinking) == 0
+    assert common.math_reward(problem("q"), right) == 1
+
+
+@pytest.mark.parametrize("name, text", [("slow", "hang"), ("broken", ""), ("nothing", "x"), ("crash", "x")])
+def test_what_breaks_earns_nothing_and_is_counted(name, text, own, capsys):
+    """And the next one works."""
+    since = time.time()
+    assert graded(own(name, seconds=1.0), text) == ([Grade(0.0)], 1)
+    assert time.time() - since < 20 and "reward error" in capsys.readouterr().out
+    assert graded(own("length"), "a" * 50) == ([Grade(0.5)], 0)
+
+
+@pytest.mark.parametrize("source", ["mine.py", "none.py:f", "{}:missing", "{}.py:length", "{}"])
+def test_what_cannot_be_loaded_is_a_sentence(source, own, tmp_path):
+    own("length")
+    with pytest.raises(SystemExit, match="--reward"):
+        load_grader(source.format(tmp_path / "mine.py"), common.math_reward, 1.0, 5.0)
+
+
+def test_a_function_inside_a_function_is_a_sentence():
+    with pytest.raises(SystemExit, match="top of a file"):
+        load_grader("", lambda problem, completion: 1.0, 1.0, 5.0)
+
+
+# In a run -----------------------------------------------------------------------------------------
+SMALL = ["--model", "tiny", "--steps", "2", "--problems_per_step", "2", "--group_size", "4", "--eval_samples", "1"]
+
+
+def rows(path, n=6, **extra):
+    """The first problems of tiny in a file of their own."""
+    found = [json.loads(line) for line in (ROOT / "tiny/train.jsonl").read_text().splitlines()[:n]]
+    path.write_text("".join(json.dumps(row | extra) + "\n" for row in found))
+    return str(path)
+
+
+def test_a_run_with_ones_own_reward(own, tmp_path):
+    """Reward, parts, test accuracy and test reward are the function's, eval.py of final/ too."""
+    source, data, out = own("parts").source, rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    train("grpo", *SMALL, "--data", data, "--test_data", data, "--reward", source, "--solved", 2, "--out", out)
+    lines = read_metrics(out)
+    for line in lines[:2]:
+        assert line["reward"] == pytest.approx(0.5 * line["reward_digits"] - 2 * line["reward_boxed"], abs=1e-6)
+    assert lines[0]["reward_digits"] > 1 and lines[-1]["test_reward"] != lines[-1]["test_accuracy"]
+    assert 0 <= lines[-1]["test_accuracy"] <= 1
+    assert (out / "mine.py").read_text() == FUNCTIONS
+    assert json.loads((out / "config.json").read_text())["flags"]["reward"] == source
+
+
+def test_a_method_file_with_ones_own_reward(tmp_path):
+    """A copy of grpo.py names its function once; no flag."""
+    text = (ROOT / "grpo.py").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("reward_fn"))
+    mine = "def reward_fn(problem, completion):\n    return float(len(completion))"
+    for name in ("common.py", "core", "tiny"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine.py").write_text(text.replace(line, mine))
+    data = rows(tmp_path / "rows.jsonl")
+    run_script("mine.py", *SMALL, "--data", data, "--test_data", data, "--out", "run", cwd=tmp_path)
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["reward"] > 3 and line["test_reward"] > 3 and line["test_accuracy"] == 1
+
+
+def test_rows_without_an_answer(own, tmp_path):
+    """A reward of one's own needs none; it says which traces are right, and they get no box."""
+    source, tokenizer = own("row").source, common.load_tokenizer("tiny")
+    grader = load_grader(source, common.math_reward, 1.0, 5.0)
+    path = tmp_path / "rows.jsonl"
+    wanted = [{"problem": "1+1", "solution": f"{i}", "wanted": "1"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in wanted))
+    found = common.load_problems(str(path), tokenizer, require_expert=True, grader=grader)
+    assert [tokenizer.decode(p.expert_ids[:-1]) for p in found] == ["1", "10", "11"]
+    assert all(p.answer == "" and p.row["wanted"] == "1" and p.grader == grader for p in found)
+    with pytest.raises(SystemExit, match="no answer"):
+        common.load_problems(str(path), tokenizer, require_expert=True)
+
+
+def test_a_function_that_never_works_is_a_sentence(own, tmp_path, capsys):
+    """Before anything is sampled."""
+    tokenizer = common.load_tokenizer("tiny")
+    with pytest.raises(SystemExit, match="mine.py:broken fails on problem .* and an empty completion"):
+        common.load_problems(rows(tmp_path / "rows.jsonl"), tokenizer, grader=own("broken"))
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+# Solved -------------------------------------------------------------------------------------------
+def test_solved_is_a_threshold():
+    """A reward in parts may add up to just under it."""
+    question = dataclasses.replace(problem("q"), grader=Grader(solved=0.8))
+    rewards = [0.1 + 0.7, 0.8, 0.79, 1.0, -1.0]
+    assert [common.Rollout(question, [1], reward=r).solved for r in rewards] == [True, True, False, True, False]
+    assert not common.Rollout(problem("q"), [1], reward=0.99).solved
+
+
+def test_partial_credit_switches_nothing_off(own, tmp_path):
+    """With 0.1 for anything BREAD still searches, ReLIFT still buffers, HPT still imitates."""
+    tenth = 'def tenth(problem, completion):\n    return 1.0 if completion == problem.row["solution"] else 0.1\n'
+    (tmp_path / "tenth.py").write_text(tenth)
+    data = rows(tmp_path / "rows.jsonl")
+    flags = [*SMALL, "--data", data, "--test_data", "", "--reward", f"{tmp_path}/tenth.py:tenth", "--solved"]
+    for method, key in (("bread", "search_rate"), ("relift", "buffer"), ("hpt", "gated")):
+        for solved in (0.5, 0.1):
+            out = tmp_path / f"{method}{solved}"
+            train(method, *flags, solved, "--out", out)
+            assert (read_metrics(out)[0][key] > 0) == (solved == 0.5), method
+            shutil.rmtree(out)
