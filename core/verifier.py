@@ -105,8 +105,8 @@ _pool_lock = threading.Lock()
 def in_pool(function: Callable, items: list[tuple], time_limit: float, progress: str = "") -> tuple[list, int]:
     """function(*item) of all in worker processes. (results, errors): None for one that died."""
     global _pool
-    if not items:
-        return [], 0
+    if not items or multiprocessing.parent_process():  # in a worker, whose time is limited already
+        return [function(*item) for item in items], 0
     with _pool_lock:
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")

@@ -33,6 +33,10 @@ def broken(problem, completion):
 def nothing(problem, completion):
     pass
 
+def short(problem, completion):
+    from common import math_reward
+    return {"right": (1.0, math_reward(problem, completion)), "short": (0.5, len(completion) < 20)}
+
 def crash(problem, completion):
     import os
     os._exit(3)
@@ -62,6 +66,14 @@ def test_a_number_or_parts(own):
     assert graded(own("row"), "the cat", "a dog", wanted="cat") == ([Grade(1.0), Grade(0.0)], 0)
     wanted = [Grade(1.0, {"digits": 2, "boxed": 0}), Grade(-1.5, {"digits": 1, "boxed": 1})]
     assert graded(own("parts"), "12", "boxed 1") == (wanted, 0)
+
+
+def test_the_verifier_can_be_a_part_of_it(own):
+    """In a worker process it needs no worker of its own."""
+    grader = own("short")
+    question = dataclasses.replace(problem("q", answer="1/2"), grader=grader)
+    found, errors = grade([question] * 3, ["\\boxed{\\frac{1}{2}}", "\\boxed{0.5}" + " " * 20, "\\boxed{2}"])
+    assert [g.reward for g in found] == [1.5, 1.0, 0.5] and errors == 0
 
 
 def test_the_default_is_the_verifier():
