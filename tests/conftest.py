@@ -97,7 +97,7 @@ def run_script(
     """Run a script as a user does: python, or torchrun for more than one process."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     command = [*(start if nproc > 1 else [sys.executable]), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     options = {"cwd": cwd, "capture_output": True, "text": True, "timeout": timeout, "env": environment}
     done = subprocess.run(command, check=False, **options)
     if check and done.returncode != 0:
