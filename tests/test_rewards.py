@@ -167,6 +167,20 @@ def test_a_function_that_never_works_is_a_sentence(own, tmp_path, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().out
 
 
+def test_the_readmes_functions(tmp_path):
+    """The block of the section, as printed, in a run."""
+    code = (ROOT / "README.md").read_text().split("## Your reward")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_rewards.py").write_text(code)
+    flags = [*SMALL, "--test_data", "", "--out", tmp_path / "run", "--reward", f"{tmp_path}/my_rewards.py:two_parts"]
+    train("grpo", *flags)
+    line = read_metrics(tmp_path / "run")[0]
+    assert (
+        line["reward"] == pytest.approx(line["reward_right"] + 0.1 * line["reward_steps"]) and line["reward_steps"] > 0
+    )
+    short = dataclasses.replace(load_grader(f"{tmp_path}/my_rewards.py:short", common.math_reward, 1.0, 5.0))
+    assert [found.reward for found in graded(short, "\\boxed{1}", "\\boxed{1}" + " " * 400)[0]] == [1.0, 0.0]
+
+
 # Solved -------------------------------------------------------------------------------------------
 def test_solved_is_a_threshold():
     """A reward in parts may add up to just under it."""
