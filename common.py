@@ -40,7 +40,7 @@ from core.model import (
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, finish, resume, save
-from core.sampler import TransformersEngine
+from core.sampler import TransformersEngine, longest_row
 from core.verifier import answer_part, boxed, verify
 
 
@@ -137,13 +137,12 @@ class Sampler:
 
 def load_sampler(run: RunConfig, tokenizer: Tokenizer, world: World, max_completion_tokens: int) -> Sampler:
     """The inference engine of a run: vLLM, or transformers where `auto` finds no GPU or no vLLM."""
-    installed = importlib.util.find_spec("vllm") is not None
+    installed, longest = importlib.util.find_spec("vllm") is not None, longest_row(run, max_completion_tokens)
     if run.sampler == "vllm" and not installed:
         fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
     if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
         return Sampler(TransformersEngine(run, tokenizer, world), tokenizer)
     vllm_sampler = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
-    longest = run.max_prompt_tokens + max_completion_tokens
     return Sampler(vllm_sampler.VLLMEngine(run, tokenizer, world, longest), tokenizer)
 
 
