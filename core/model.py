@@ -1,6 +1,5 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -54,7 +53,7 @@ def window(run: RunConfig) -> float:
     """Positions of the model, by the flags or its config; infinite where it names none."""
     config = load_config(run)
     known = (getattr(part, "max_position_embeddings", None) for part in (config, config.get_text_config()))
-    return next(filter(None, known), math.inf)
+    return next(filter(None, known), float("inf"))
 
 
 def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:

@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from real_model import real_model  # noqa: E402
+
 import common  # noqa: E402
 from core import records  # noqa: E402
 
@@ -82,6 +84,17 @@ def model_folder(tmp_path_factory):
         return str(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_model_folder():
+    """A real model, made at the first call. Without one tests are skipped, but never in CI."""
+    try:
+        return real_model()
+    except RuntimeError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"NO REAL MODEL: {error}")
 
 
 def problem(prompt: str, answer: str = "1", expert: str | None = None, id: str | None = None) -> common.Problem:
