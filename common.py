@@ -144,7 +144,7 @@ class Sampler:
 
 def load_sampler(run: RunConfig, tokenizer: Tokenizer, world: World, max_completion_tokens: int) -> Sampler:
     """The sampler of a run, on the engine that --sampler names."""
-    return Sampler(load_engine(run, tokenizer, world, run.max_prompt_tokens + max_completion_tokens), tokenizer)
+    return Sampler(load_engine(run, tokenizer, world, max_completion_tokens), tokenizer)
 
 
 # Scoring ------------------------------------------------------------------------------------------

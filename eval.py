@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 import common
 from core.config import resolve_model
 from core.data import choose_template
+from core.model import window
 from core.records import write_atomic
 
 BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
@@ -52,13 +53,15 @@ class Config:
     top_p: float = 1.0
     greedy: bool = False  # temperature 0 and one sample
     max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
-    max_tokens: int = 8192  # of a completion
+    max_tokens: int = 8192  # of a completion; cut to the room behind the longest prompt
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.8  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
+    rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
+    max_positions: int = 0  # window of the model; 0: its own
     seed: int = 0
     compare: tuple[Path, ...] = ()  # two folders of reports
     table: tuple[Path, ...] = ()  # folders of reports
@@ -145,7 +148,7 @@ def describe(
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
     if "vllm" in sys.modules:
         versions["vllm"] = sys.modules["vllm"].__version__
-    fields = "max_prompt_tokens max_tokens many_boxes sampler tensor_parallel seed".split()
+    fields = "max_prompt_tokens max_tokens rope_theta max_positions many_boxes sampler tensor_parallel seed".split()
     return {
         "benchmark": name,
         "source": Path(source).name if Path(source).is_file() else source,
@@ -215,6 +218,17 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
     return [[next(lines) for _ in group] for group in groups]
 
 
+def fit(cfg: Config, name: str, problems: list[common.Problem], positions: float) -> Config:
+    """max_tokens cut to the room that the model's window leaves behind the longest prompt."""
+    longest = max(len(problem.prompt_ids) for problem in problems)
+    said = f"the longest prompt has {longest} tokens, the window of {cfg.model} is {positions}"
+    if longest >= positions:
+        common.fail(f"{name}: {said}; lower --max_prompt_tokens, or stretch it with --rope_theta and --max_positions")
+    if cfg.max_tokens > positions - longest:
+        common.print0(f"{name}: --max_tokens {cfg.max_tokens} is cut to {positions - longest}: {said}")
+    return replace(cfg, max_tokens=min(cfg.max_tokens, positions - longest))
+
+
 def run(
     cfg: Config,
     name: str,
@@ -222,6 +236,7 @@ def run(
     sampler: common.Sampler,
     world: common.World,
     out: Path,
+    positions: float,  # of the model
 ) -> dict | None:
     """Sample and grade one benchmark, 64 problems a rank at a time; rank 0 has the result.
 
@@ -230,6 +245,7 @@ def run(
     source = locate(name, cfg.data_dir)
     name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
     problems = common.load_problems(source, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
+    cfg = fit(cfg, name, problems, positions)
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]
     dist.broadcast_object_list(done, 0)
@@ -349,12 +365,14 @@ def main(cfg: Config) -> None:
     names = [name for name in cfg.data.split(",") if name]
     for name in names:
         locate(name, cfg.data_dir)  # before a model is loaded
-    shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens".split()
+    shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens rope_theta max_positions".split()
     run_config = common.RunConfig(**{field: getattr(cfg, field) for field in shared})
-    sampler = common.load_sampler(run_config, tokenizer, world, cfg.max_tokens)
+    positions = window(run_config)
+    room = min(cfg.max_tokens, positions - cfg.max_prompt_tokens)  # at least: prompts can be shorter
+    sampler = common.load_sampler(run_config, tokenizer, world, room)
     report = {}
     for name in names:
-        entry = run(cfg, name, tokenizer, sampler, world, out)
+        entry = run(cfg, name, tokenizer, sampler, world, out, positions)
         if entry is not None:
             report[entry["protocol"]["benchmark"]] = entry
             print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))

@@ -35,7 +35,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def load_config(run: RunConfig) -> transformers.PretrainedConfig:
     """The model's config, with the rotary base and window of the flags; `final/` keeps both."""
-    config = transformers.AutoConfig.from_pretrained(resolve_model(run.model), attention_dropout=0.0)
+    folder = resolve_model(run.model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, attention_dropout=0.0)
+    except (OSError, ValueError) as error:
+        fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     if run.rope_theta:
         if not getattr(config, "rope_parameters", None):
             fail(f"--rope_theta: {config.model_type} has no rotary position embedding")
@@ -43,6 +47,13 @@ def load_config(run: RunConfig) -> transformers.PretrainedConfig:
     if run.max_positions:
         config.max_position_embeddings = run.max_positions
     return config
+
+
+def window(run: RunConfig) -> float:
+    """Positions of the model, by the flags or its config; infinite where it names none."""
+    config = load_config(run)
+    known = (getattr(part, "max_position_embeddings", None) for part in (config, config.get_text_config()))
+    return next(filter(None, known), float("inf"))
 
 
 def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:

@@ -22,8 +22,9 @@ import transformers
 from torch import Tensor, nn
 
 from core.config import flat, resolve_model
-from core.model import Policy, Tokenizer, named_weights
+from core.model import Policy, Tokenizer, load_config, named_weights
 from core.processes import ROOT, World, fail, print0, shutdown
+from core.sampler import stop_ids
 
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
@@ -279,11 +280,18 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
 
 
 def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) -> None:
-    """The model as a Hugging Face folder at final/, with its source's settings (collective)."""
-    weights = {name: tensor.cpu().clone() for name, tensor in weights}
+    """The model as a Hugging Face folder at final/, in its source's dtype (collective)."""
+    run, final, model = log.cfg.run, log.out / "final", policy.model
+    dtype = load_config(run).dtype or torch.float32
+    weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
     if log.world.rank == 0:
-        run, final = log.cfg.run, log.out / "final"
-        policy.model.save_pretrained(final, state_dict=weights)
+        generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
+        ends = stop_ids(tokenizer, generation)
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        model.save_pretrained(final, state_dict=weights)
+        model.config.dtype = dtype  # it took that of the masters
+        model.config.save_pretrained(final)
+        generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published
         tokenizer.save_pretrained(final)
         path = Path(resolve_model(run.model)) / "settings.json"
         settings = json.loads(path.read_text()) if path.is_file() else {}
@@ -293,5 +301,7 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
             section |= {k: str((path.parent / section[k]).resolve()) for k in ("data", "test_data") if k in section}
         if settings:
             (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+        for file in final.glob("*.safetensors"):
+            file.chmod(0o644)  # they are written 0600
     dist.barrier()
     print0(f"the trained model is in {log.out / 'final'}")

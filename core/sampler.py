@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
@@ -16,10 +17,26 @@ Sampled = tuple[list[int], list[float]]  # new token ids, and their log-probabil
 
 
 def stop_ids(tokenizer: Tokenizer, generation_config: transformers.GenerationConfig) -> list[int]:
-    """Tokens that end a completion: the tokenizer's EOS and the model's."""
+    """Tokens that end a completion: the tokenizer's EOS, the model's, and the ends of a turn."""
     ids = generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
+    return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None), *turn_ends(tokenizer)})
+
+
+def turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The special token that the chat template writes behind what an assistant says, and ChatML's,
+    in which --template think and qwen_math ask; as far as they are tokens of this tokenizer.
+    """
+    talk = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Forty-two"}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False) if tokenizer.chat_template else ""
+    except (jinja2.TemplateError, TypeError, ValueError):
+        text = ""  # it takes no such talk, so that it says nothing of its end
+    added, found = tokenizer.added_tokens_decoder, set()
+    for tail in (text.partition("Forty-two")[2], "<|im_end|>"):
+        ids = tokenizer(tail, add_special_tokens=False).input_ids
+        found |= set([i for i in ids if i in added and added[i].content.strip()][:1])  # some are white space
+    return found
 
 
 class TransformersEngine:

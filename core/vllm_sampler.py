@@ -48,12 +48,6 @@ class VLLMEngine:
         if world.size % size:
             fail(f"--tensor_parallel {size} does not divide {world.size} processes")
         folder, config, self.max_tokens, self.asleep = resolve_model(run.model), load_config(run), max_tokens, set()
-        window = getattr(config, "max_position_embeddings", max_tokens)
-        if window < max_tokens:
-            fail(
-                f"--sampler vllm: prompt and completion have up to {max_tokens} tokens, the window of {run.model} is "
-                f"{window}; lower --max_completion_tokens, or stretch it with --rope_theta and --max_positions"
-            )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         self.shapes = {key: parameter.shape for key, parameter in model.named_parameters()}

@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from real_model import real_model  # noqa: E402
+
 import common  # noqa: E402
 from core import records  # noqa: E402
 
@@ -29,7 +31,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "initializer_range": 0.3,  # far from uniform, so that a wrong position or mask shows
 }
 
@@ -82,6 +84,17 @@ def model_folder(tmp_path_factory):
         return str(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_model_folder():
+    """A real model, made at the first call. Without one tests are skipped, but never in CI."""
+    try:
+        return real_model()
+    except RuntimeError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"NO REAL MODEL: {error}")
 
 
 def problem(prompt: str, answer: str = "1", expert: str | None = None, id: str | None = None) -> common.Problem:

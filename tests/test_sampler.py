@@ -2,13 +2,20 @@
 
 import dataclasses
 import hashlib
+import json
+import shutil
 
 import pytest
 import torch
-from conftest import problem, random_model
+import torch.distributed.checkpoint as dcp
+import transformers
+from conftest import ROOT, byte_tokenizer, problem, random_model, run_script, train
+from safetensors.torch import load_file
 
 import common
-from core.sampler import TransformersEngine, pick
+from core.engines import longest_row
+from core.sampler import TransformersEngine, pick, stop_ids
+from results.methods import METHODS
 
 
 def new_sampler(folder: str, tokenizer, world) -> common.Sampler:
@@ -179,3 +186,157 @@ def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, world):
     """--sampler auto takes vLLM where there is a GPU alone."""
     sampler = common.load_sampler(common.RunConfig(model=model_folder("qwen2")), tokenizer, world, 100)
     assert type(sampler.engine) is TransformersEngine or world.device.type == "cuda"
+
+
+# Where it stops -----------------------------------------------------------------------------------
+TALK = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}END\n{% endfor %}"
+TURN_ENDS = [  # a chat template, and which tokens end a turn beside EOS
+    ("ChatML", TALK.replace("END", "<|im_end|>"), ["<|im_end|>"]),
+    ("another token", TALK.replace("END", "<|end|>"), ["<|end|>"]),
+    ("no special token, but an added one", TALK.replace("END", "<turn>"), ["<turn>"]),
+    ("then EOS too", TALK.replace("END", "<|end|>") + "{{ eos_token }}", ["<|end|>"]),
+    ("EOS alone", TALK.replace("END", "{{ eos_token }}"), []),
+    ("a blank and EOS", TALK.replace("END", " {{ eos_token }}"), []),
+    ("words before it", TALK.replace("END", "\n### over <|end|>"), ["<|end|>"]),
+    ("words alone", TALK.replace("END", "\n### over"), []),
+    ("nothing, then white space that is a token", TALK.replace("END", "\n\n"), []),
+    (
+        "an empty thought before the answer",
+        TALK.replace("{{ m.c", "<|end|>{{ m.c").replace("END", "<turn>"),
+        ["<turn>"],
+    ),
+    ("a prompt that is always opened", TALK.replace("END", "<|end|>") + "<|start|>assistant\n", ["<|end|>"]),
+    ("an answer is refused", "{{ raise_exception('only questions') }}", []),
+    ("content in parts", "{% for m in messages %}{{ m.content[0]['text'] + 'x' }}<|end|>{% endfor %}", []),
+    ("the answer is left out", "{{ messages[0].content }}<|end|>", []),
+    ("none", None, []),
+]
+
+
+@pytest.mark.parametrize(("name", "template", "ends"), TURN_ENDS, ids=[row[0] for row in TURN_ENDS])
+@pytest.mark.parametrize("model_eos", [0, 7, [0, 7], None])
+def test_the_end_of_a_turn_stops(name, template, ends, model_eos):
+    """EOS of tokenizer and model, what the template writes after an answer, and ChatML's own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<turn>", "\n\n"])
+    tokenizer.add_tokens(["<|start|>", "<|end|>"] + ["<|im_end|>"] * (name == "ChatML"), special_tokens=True)
+    tokenizer.chat_template = template
+    own = {0, *(model_eos if isinstance(model_eos, list) else [model_eos])} - {None}
+    wanted = sorted(own | {tokenizer.convert_tokens_to_ids(end) for end in ends})
+    assert stop_ids(tokenizer, transformers.GenerationConfig(eos_token_id=model_eos)) == wanted
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)  # --template think and qwen_math write it
+    found = stop_ids(tokenizer, transformers.GenerationConfig(eos_token_id=model_eos))
+    assert found == sorted({*wanted, tokenizer.convert_tokens_to_ids("<|im_end|>")})
+
+
+def bf16_folder(folder, eos: int | list[int], **generation: object) -> str:
+    """A random model in bfloat16 with a ChatML tokenizer, and settings for a short run."""
+    tokenizer, model = byte_tokenizer(), random_model("qwen2")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = TURN_ENDS[0][1]
+    model.resize_token_embeddings(len(tokenizer))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, **generation}))
+    settings = {"template": "plain", "max_prompt_tokens": 64, "max_completion_tokens": 80, "steps": 2}
+    settings |= {"problems_per_step": 2, "bridge": {"group_size": 2}, "data": str(ROOT / "tiny/train.jsonl")}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["sft", "bridge"])
+def test_final_has_the_dtype_of_the_source_and_stops_where_it_was_trained(method, tmp_path, world):
+    """The masters stay fp32, what is exported is bf16, readable by all, and stops as the sampler.
+
+    A generation config that transformers loads but refuses to save is kept as it is.
+    """
+    source = bf16_folder(tmp_path / "model", 7, temperature=0.6, top_p=0.9, do_sample=False)
+    train(method, "--model", source, "--test_data", "", "--out", tmp_path / "run")
+    final, stops = tmp_path / "run/final", [0, 7, 258]
+    weights, before = load_file(final / "model.safetensors"), load_file(tmp_path / "model/model.safetensors")
+    assert weights.keys() == before.keys() and {w.dtype for w in weights.values()} == {torch.bfloat16}
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == stops and (generation["temperature"], generation["top_p"]) == (0.6, 0.9)
+    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in final.iterdir())
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(final)
+    assert reloaded.dtype == torch.bfloat16 and reloaded.generation_config.eos_token_id == stops
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert transformers.AutoTokenizer.from_pretrained(final).chat_template == TURN_ENDS[0][1]
+    sampler = common.load_sampler(common.RunConfig(model=str(final)), common.load_tokenizer(str(final)), world, 100)
+    assert sampler.stop_ids == stops
+
+
+def test_masters_do_not_go_through_the_export(tmp_path, world):
+    """A checkpoint holds fp32, of which the export is the rounding; a resume takes the former."""
+    source = bf16_folder(tmp_path / "model", 0)
+    flags = ["--model", source, "--test_data", "", "--save_every", 1, "--lr", 1e-4]
+    train("sft", *flags, "--out", tmp_path / "whole")
+    torn = shutil.copytree(tmp_path / "whole", tmp_path / "torn", ignore=shutil.ignore_patterns("final", "00000002"))
+    train("sft", "--resume", torn)
+    one, two = (load_file(folder / "final/model.safetensors") for folder in (tmp_path / "whole", torn))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    names = [f"model.{name}" for name in one]
+    masters = {"model": {name: torch.empty(one[name.removeprefix("model.")].shape) for name in names}}
+    dcp.load(masters, checkpoint_id=tmp_path / "whole/checkpoints/00000002")
+    learned = {name.removeprefix("model."): tensor for name, tensor in masters["model"].items()}
+    assert all(torch.equal(learned[name].bfloat16(), one[name]) for name in one)
+    assert any(not torch.equal(learned[name].bfloat16().float(), learned[name]) for name in one)
+
+
+# What fits ----------------------------------------------------------------------------------------
+def short_folder(folder, positions: int) -> str:
+    """The tiny model with another window."""
+    shutil.copytree(ROOT / "tiny", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", [method.name for method in METHODS])
+def test_a_window_that_is_too_small_is_one_sentence(method, tmp_path, world):
+    """In every script, before anything is sampled or written; the longest that fits runs."""
+    model, flags = short_folder(tmp_path / "model", 143), ["--steps", 0, "--test_data", ""]
+    said = "prompt and completion have up to 144 tokens, the window of .* is 143; lower --max_completion_tokens"
+    if method == "bread":
+        flags += ["--prefix_site", "assistant"]
+    with pytest.raises(SystemExit, match=said + " or --max_prompt_tokens, or .* --rope_theta and --max_positions"):
+        train(method, "--model", model, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(method, "--model", model, *flags, "--max_positions", 144, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run/final/config.json").read_text())["max_position_embeddings"] == 144
+
+
+def test_a_model_without_a_window_has_no_limit(tmp_path):
+    """Bloom's config does not say how far it reaches."""
+    transformers.BloomConfig().save_pretrained(tmp_path)
+    assert longest_row(common.RunConfig(model=str(tmp_path), max_prompt_tokens=7), 10**6) == 10**6 + 7
+
+
+@pytest.mark.parametrize(("positions", "room"), [(4096, 80), (60, None), (9, 0)])
+def test_eval_cuts_to_the_room(positions, room, tmp_path):
+    """Up to the window behind the longest prompt, said and in the protocol; no room is an error."""
+    model = short_folder(tmp_path / "model", positions)
+    flags = [
+        "--model",
+        model,
+        "--data",
+        str(ROOT / "tiny/test.jsonl"),
+        "--samples",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = run_script("eval.py", *flags, check=False)
+    tokenizer, problems = common.load_tokenizer("tiny"), (tmp_path / "out/test.protocol.json")
+    longest = max(len(p.prompt_ids) for p in common.load_problems(str(ROOT / "tiny/test.jsonl"), tokenizer, "plain"))
+    said = f"the longest prompt has {longest} tokens, the window of {model} is {positions}"
+    if room == 0:
+        assert done.returncode == 1 and f"error: test: {said}; lower --max_prompt_tokens, or" in done.stderr
+        assert not problems.exists()
+        return
+    cut = room or positions - longest
+    assert done.returncode == 0 and json.loads(problems.read_text())["max_tokens"] == cut
+    assert (f"test: --max_tokens 80 is cut to {cut}: {said}" in done.stdout) == (room is None)
+    samples = [json.loads(line) for line in (tmp_path / "out/test.samples.jsonl").read_text().splitlines()]
+    assert max(sample["tokens"] for sample in samples) <= cut

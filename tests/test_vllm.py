@@ -89,6 +89,14 @@ def test_online_methods_train_with_it(tmp_path):
         assert_agreement(rows)
 
 
+def test_a_real_model(tmp_path, real_model_folder):
+    """SmolLM2: the greedy tokens of the engine on transformers, and a step that agrees with it."""
+    found = worker("real", tmp_path)
+    assert CUDA or found["greedy"]["hf"] == found["greedy"]["vllm"]
+    assert found["stop_ids"] == [2] and len(found["metrics"]) == 1
+    assert_agreement(found["metrics"])
+
+
 def test_bread_trains_and_resumes_with_it(tmp_path):
     """From the checkpoint of step 2 the same metrics again.
 

@@ -1,4 +1,4 @@
-"""One check of the vLLM sampler: `vllm_worker.py tied|untied|parallel|stops|methods FOLDER`."""
+"""A check of the vLLM sampler: `vllm_worker.py tied|untied|parallel|stops|methods|real FOLDER`."""
 
 import json
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, problem, read_metrics, train
+from conftest import ROOT, byte_tokenizer, problem, read_metrics, train
+from real_model import real_model
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import bridge
@@ -196,13 +197,41 @@ def methods(folder: Path, world: common.World) -> dict:
     return found
 
 
+def real(folder: Path, world: common.World) -> dict:
+    """Greedy ids of both engines on a real model, and a step of grpo.py, three problems each."""
+    name, data, greedy = str(real_model()), str(ROOT / "tests/data/gsm8k_sample.jsonl"), {}
+    tokenizer = common.load_tokenizer(name)
+    asked = common.load_problems(data, tokenizer, max_prompt_tokens=160)[:3]
+    for kind in ("hf", "vllm"):
+        run = common.RunConfig(model=name, sampler=kind, sampler_memory=0.3, max_prompt_tokens=160)
+        sampler = common.load_sampler(run, tokenizer, world, 40)
+        greedy[kind] = [r.completion_ids for (r,) in sampler.generate(asked, None, 1, 24, 0.0, (0,))]
+    flags = "--steps 1 --problems_per_step 3 --group_size 2 --max_completion_tokens 24 --max_prompt_tokens 160".split()
+    flags += [
+        "--model",
+        name,
+        "--data",
+        data,
+        "--test_data",
+        "",
+        "--tokens_per_microbatch",
+        "1024",
+        "--sampler",
+        "vllm",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_sampler", lambda *args: sampler)
+        train("grpo", *flags, "--out", folder / "grpo")
+    return {"greedy": greedy, "stop_ids": sampler.stop_ids, "metrics": read_metrics(folder / "grpo")[:1]}
+
+
 def main() -> None:
     """The findings of a check, as JSON in the folder."""
     check, folder, world = sys.argv[1], Path(sys.argv[2]), common.init(0)
     if check in ("tied", "untied"):
         found = engine(check == "tied", folder, world)
     else:
-        found = {"parallel": parallel, "stops": stops, "methods": methods}[check](folder, world)
+        found = {"parallel": parallel, "stops": stops, "methods": methods, "real": real}[check](folder, world)
     if world.rank == 0:
         (folder / f"{check}.json").write_text(json.dumps(found))
     common.shutdown()
