@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.config import RunConfig, parse
-from core.data import Problem, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
+from core.config import RunConfig, asked, parse
+from core.data import Problem, alike, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
 from core.model import (
     Policy,
     Tokenizer,
@@ -41,16 +41,16 @@ from core.model import (
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, finish, resume, save
 from core.sampler import TransformersEngine
-from core.verifier import answer_part, boxed, verify
+from core.verifier import answer_part, boxed, completion_text, verify
 
 
 # Problems -----------------------------------------------------------------------------------------
 def load_data(cfg, tokenizer: Tokenizer, require_expert: bool = False) -> tuple[list[Problem], list[Problem]]:
     """Training and test problems of a run; no test problems where --test_data is empty."""
-    run = cfg.run
-    limits = (run.template, run.columns, run.max_prompt_tokens, cfg.max_completion_tokens)
-    train = load_problems(run.data, tokenizer, *limits, require_expert)
-    return train, load_problems(run.test_data, tokenizer, *limits, split="test") if run.test_data else []
+    train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, **asked(cfg))
+    cfg.run = alike(cfg.run, train)  # and so the test questions, final/ and eval.py
+    test = cfg.run.test_data
+    return train, load_problems(test, tokenizer, split="test", **asked(cfg)) if test else []
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -95,7 +95,7 @@ class Rollout:
 
 def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:
     """The expert's whole completion: every token is the expert's."""
-    text = tokenizer.decode(problem.expert_ids, skip_special_tokens=True)
+    text = completion_text(problem.expert_ids, tokenizer)
     return Rollout(problem, problem.expert_ids, len(problem.expert_ids), text=text, finished=True)
 
 
@@ -130,7 +130,7 @@ class Sampler:
         for problem, prefix, rows in zip(problems, prefixes, made, strict=True):
             groups.append([Rollout(problem, [*prefix, *ids], len(prefix), logprobs) for ids, logprobs in rows])
         for rollout in (rollout for group in groups for rollout in group):
-            rollout.text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+            rollout.text = completion_text(rollout.completion_ids, self.tokenizer, self.stop_ids)
             rollout.finished = rollout.completion_ids[-1] in self.stop_ids
         return groups
 

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 import common
-from core.config import resolve_model
+from core.config import BOX_REQUEST, resolve_model
 from core.data import choose_template
 from core.records import write_atomic
 
@@ -54,6 +54,9 @@ class Config:
     max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
     max_tokens: int = 8192  # of a completion
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    template_args: str = "date=2024-07-26"  # of the tokenizer's own: "enable_thinking=false", the day it prints
+    system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
+    request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
@@ -145,7 +148,7 @@ def describe(
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
     if "vllm" in sys.modules:
         versions["vllm"] = sys.modules["vllm"].__version__
-    fields = "max_prompt_tokens max_tokens many_boxes sampler tensor_parallel seed".split()
+    fields = "template_args system request max_prompt_tokens max_tokens many_boxes sampler tensor_parallel seed".split()
     return {
         "benchmark": name,
         "source": Path(source).name if Path(source).is_file() else source,
@@ -229,7 +232,9 @@ def run(
     """
     source = locate(name, cfg.data_dir)
     name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
-    problems = common.load_problems(source, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
+    asked = {field: getattr(cfg, field) for field in ("template_args", "system", "request")}
+    limits = (cfg.template, cfg.columns, cfg.max_prompt_tokens)
+    problems = common.load_problems(source, tokenizer, *limits, split="test", **asked)
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]
     dist.broadcast_object_list(done, 0)
