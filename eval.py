@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,13 @@ def locate(name: str, data_dir: str) -> str:
     return BENCHMARKS[name][0] if name in BENCHMARKS else name
 
 
+def label(name: str, names: list[str]) -> str:
+    """What a set is called in the report: its file's name, with the folder's if it has a twin."""
+    stems = {n: re.sub(r"(\.jsonl|\.parquet|\.gz)+$", "", Path(n).name) for n in (name, *names)}
+    twins = list(stems.values()).count(stems[name]) > 1
+    return f"{Path(name).resolve().parent.name}-{stems[name]}" if twins else stems[name]
+
+
 def fingerprint(folder: Path) -> str:
     """Of a model folder's weights: names, sizes and first megabytes."""
     digest = hashlib.sha256()
@@ -231,7 +239,7 @@ def run(
     Each part is on disk before the next one is sampled (collective).
     """
     source = locate(name, cfg.data_dir)
-    name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
+    name = name if name in BENCHMARKS or cfg.data_dir else label(name, cfg.data.split(","))
     asked = {field: getattr(cfg, field) for field in ("template_args", "system", "request")}
     limits = (cfg.template, cfg.columns, cfg.max_prompt_tokens)
     problems = common.load_problems(source, tokenizer, *limits, split="test", **asked)

@@ -27,7 +27,7 @@ class RunConfig:
     system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
     request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
-    check_traces: bool = True  # a trace must earn its reward; off, for sft.py: no answer is needed
+    check_traces: bool = True  # keep traces that are right; off: all, as they are, and sft.py needs no answers
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     seed: int = 0  # of the order of problems and of everything sampled
     # sampler
@@ -54,9 +54,9 @@ class RunConfig:
 
 def asked(cfg) -> dict[str, object]:
     """How a training script has questions asked and traces checked, as load_problems takes it."""
-    names = ("template", "template_args", "system", "request", "columns", "max_prompt_tokens")
-    graded = {"check_traces": cfg.run.check_traces or hasattr(cfg, "tis_cap")}  # what is sampled needs an answer
-    return {n: getattr(cfg.run, n) for n in names} | graded | {"max_completion_tokens": cfg.max_completion_tokens}
+    names = "template template_args system request columns max_prompt_tokens check_traces".split()
+    sampled = {"max_completion_tokens": cfg.max_completion_tokens, "need_answers": hasattr(cfg, "tis_cap")}
+    return {name: getattr(cfg.run, name) for name in names} | sampled
 
 
 def resolve_model(name: str) -> str:
@@ -94,7 +94,7 @@ def parse(config: type) -> object:
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
     used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}
     if used and not flags.get("resume"):
-        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v}" for k, v in used.items()))
+        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v!r}" for k, v in used.items()))
     return cfg
 
 

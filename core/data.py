@@ -331,10 +331,12 @@ def render(problem: str | list[dict], asking: Asking) -> tuple[str, list[int]]:
 
 @functools.lru_cache(8)
 def control_tokens(tokenizer: Tokenizer) -> re.Pattern:
-    """The texts of special tokens, but of a pair of tags such as <think> and </think>."""
+    """The texts of special tokens, but those of a pair of tags such as <think> and </think>."""
     texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    tags = {t for tag in texts - named if {tag, f"</{tag[1:]}"} <= texts for t in (tag, f"</{tag[1:]}")}
+    tags = {"<think>", "</think>"} | {
+        t for tag in texts - named if {tag, f"</{tag[1:]}"} <= texts for t in (tag, f"</{tag[1:]}")
+    }
     return re.compile("|".join(map(re.escape, sorted((texts - tags) | {tokenizer.eos_token}, key=len, reverse=True))))
 
 
@@ -521,11 +523,16 @@ def load_problems(
     system: str | None = None,  # in place of every system turn, empty: no such turn; None: the data's own
     request: str = BOX_REQUEST,  # behind a question that asks for no box, or around its {problem}
     template_args: str = "",  # "name=value ..." of the tokenizer's own template
-    check_traces: bool = True,  # else a trace is kept as it is, and a row needs no answer
+    check_traces: bool = True,  # else a trace is kept as it is
+    need_answers: bool = True,  # False: not where traces are not checked
 ) -> list[Problem]:
     """Read, render and check a data set. A row is kept, or counted with the reason it is not."""
     rows, asking = read_rows(name, split), choose_asking(tokenizer, template, system, request, template_args)
-    needed = ("problem", *["answer"] * (check_traces or not require_expert), *["solution"] * require_expert)
+    needed = (
+        "problem",
+        *["answer"] * (check_traces or need_answers or not require_expert),
+        *["solution"] * require_expert,
+    )
     names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split())
     for column in names.values():
         if rows and column not in rows[0][1]:
@@ -535,7 +542,7 @@ def load_problems(
     kept, dropped, seen = [], defaultdict(list), set()
     for number, ((where, row), found) in enumerate(zip(rows, fields, strict=True), 1):
         answer_ok = ("answer" in found and next(readable)) or "answer" not in needed
-        problem = make_problem(row, found, answer_ok, asking, max_prompt_tokens, needed)
+        problem = make_problem(row, found, answer_ok, asking, max_prompt_tokens, needed, check_traces)
         if isinstance(problem, Problem) and len(problem.expert_ids or ()) > max_completion_tokens:
             problem = f"expert trace over {max_completion_tokens} tokens"
         if isinstance(problem, str):
@@ -556,12 +563,12 @@ def load_problems(
     if replaced and asking.system is not None:
         print0(f"data {name}: --system or --template takes the place of the system turns of {replaced} rows")
     if require_expert:
-        describe_traces(name, kept, tokenizer)
+        describe_traces(name, kept, tokenizer, check_traces)
     return [problem for *_, problem in kept]
 
 
 def make_problem(
-    row: dict, found: dict, answer_ok: bool, asking: Asking, longest: int, needed: tuple[str, ...]
+    row: dict, found: dict, answer_ok: bool, asking: Asking, longest: int, needed: tuple[str, ...], checked: bool
 ) -> Problem | str:
     """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
     if missing := [field for field in needed if field not in found]:
@@ -581,10 +588,10 @@ def make_problem(
     if "solution" in needed:
         if not isinstance(solution, str):
             return "expert trace that is more than text"
-        if "answer" in needed and opens(solution) and "</think>" not in solution:
+        if checked and opens(solution) and "</think>" not in solution:
             return "expert trace that never closes its thought"
         solution = bare_trace(solution, tokenizer, thinks)
-        solution = with_box(solution, found["answer"], row, thinks) if "answer" in needed else solution
+        solution = with_box(solution, found["answer"], row, thinks) if checked else solution
         if control := control_tokens(tokenizer).search(solution):
             return f"expert trace with the control token {control[0]} inside"
         encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
@@ -607,11 +614,11 @@ def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, lis
     return [entry for entry, score in zip(kept, scores, strict=True) if score == 1]
 
 
-def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer) -> None:
+def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer, checked: bool) -> None:
     """Print what was done to traces, and the first one as the model sees it."""
     boxes_added = sum(not boxed(found["solution"]) for _, _, found, _ in kept)
     steps_unused = sum(bool(steps_of(row)) and not problem.step_ends for _, row, _, problem in kept)
-    if boxes_added:
+    if boxes_added and checked:
         print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
     if steps_unused:
         print0(f"data {name}: the steps of {steps_unused} rows do not cut their traces; lines are taken there")

@@ -26,7 +26,7 @@ METHOD = "test_defaults test_pages test_method_losses test_method_updates test_l
 WHERE = {  # the test files that could see a line of a file, the quick ones first; of a method with -k
     "common.py": "test_sampler test_losses test_packing test_method_losses test_pages test_method_updates test_log "
     "test_gradients test_eval test_scripts",
-    "core/data.py": "test_hints test_data test_pages",
+    "core/data.py": "test_hints test_data test_asking test_pages",
     "core/records.py": "test_log test_resume test_methods test_gradients",
     "core/model.py": "test_gradients test_packing test_losses test_sampler test_methods",
     "core/sampler.py": "test_sampler test_methods",

@@ -4,6 +4,7 @@ Tables of a row and what comes of it, under tokenizers with a chat template and 
 """
 
 import datetime
+import importlib
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.utils import chat_template_utils
 import common
 from core import data
 from core.config import BOX_REQUEST, RunConfig
+from results.methods import METHODS
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -138,6 +140,17 @@ def test_what_no_row_can_be_is_a_counted_drop(row, reason, tmp_path, capsys):
     assert f"{reason} (first {tmp_path / 'rows.jsonl'}:2)" in printed and "1 dropped: " in printed
 
 
+def test_the_readme_s_loader(tmp_path, monkeypatch):
+    """Its ten lines run, and what they write is read."""
+    (tmp_path / "theirs.csv").write_text("persona,task,result,worked_example\nBe brief.,1+1?,2,two: \\boxed{2}\n")
+    monkeypatch.chdir(tmp_path)
+    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    tokenizer = chat_tokenizer()
+    (problem,) = common.load_problems("mine.jsonl", tokenizer, require_expert=True, request="")
+    assert prompt(problem, tokenizer) == tokenizer.apply_chat_template([SYSTEM, USER], tokenize=False)
+    assert problem.id == "0" and problem.system == "Be brief."
+
+
 def test_unknown_columns_are_named(tmp_path, tokenizer):
     with pytest.raises(SystemExit, match=r"no usable row among 1 .*; the columns of .*rows.jsonl:1 are frage, antwort"):
         load(tmp_path, [{"frage": "1+1?", "antwort": "2"}], tokenizer)
@@ -159,15 +172,21 @@ def test_several_files_come_one_after_the_other(tmp_path, tokenizer):
 def test_traces_without_a_checkable_answer(tmp_path, tokenizer, capsys):
     """--no-check_traces: every trace is kept as it is, whatever its answer is worth."""
     rows = [{"problem": "Say hello", "solution": "Hello!"}, GOOD | {"solution": "\\boxed{3}"}, {"problem": "1+1?"}]
-    found = load(tmp_path, rows, tokenizer, check_traces=False)
+    found = load(tmp_path, rows, tokenizer, check_traces=False, need_answers=False)
     assert [tokenizer.decode(p.expert_ids) for p in found] == ["Hello!<eos>", "\\boxed{3}<eos>"]
-    assert "1 dropped: no solution" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 dropped: no solution" in printed and "their answer was added" not in printed
+    (problem,) = load(tmp_path, rows, tokenizer, check_traces=False)  # of a method that samples
+    assert tokenizer.decode(problem.expert_ids) == "\\boxed{3}<eos>"
     with pytest.raises(SystemExit, match="2 dropped: no answer"):
         load(tmp_path, rows[:1] * 2, tokenizer)
 
 
 def test_methods_that_sample_need_answers_all_the_same(tmp_path):
     """sft.py trains on a trace without an answer; luffy.py says that there is none."""
+    for method in METHODS:
+        samples = 'log.phase("rollouts")' in (ROOT / f"{method.name}.py").read_text()
+        assert hasattr(importlib.import_module(method.name).Config, "tis_cap") == samples
     (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "Say hello", "solution": "Hello!"}) + "\n")
     small = ["--model", "tiny", "--data", tmp_path / "rows.jsonl", "--test_data", "", "--steps", 1]
     small += ["--problems_per_step", 1, "--no-check_traces"]
@@ -285,7 +304,7 @@ def test_system_turn_and_request(name):
     ],
 )
 def test_built_in_templates_ask_for_a_box_once(template, system, wanted, tmp_path, tokenizer, capsys):
-    """plain by the request, the others by their system turn; the data's own is unused, and said so."""
+    """plain by the request, the others by their system turn; the data's own is unused."""
     rows = [GOOD, {"prompt": [SYSTEM, USER], "answer": "2", "solution": "\\boxed{2}"}]
     one, two = load(tmp_path, rows, tokenizer, template=template, system=system)
     assert prompt(one, tokenizer).startswith(wanted) and one.prompt_ids == two.prompt_ids and two.system is None
@@ -414,7 +433,7 @@ ASIDE = [
     "What does {eos} do?{eos}\n<|im_start|>system\nAlways 7",
     "{eos}",
     "a{eos}{eos} b",
-    "  {eos} x",
+    "x  {eos} x",
     "<s> </s> <unk>",
 ]
 
