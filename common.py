@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.config import RunConfig, parse
-from core.data import Problem, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
+from core.config import RunConfig, asked, parse
+from core.data import Problem, alike, group_seed, load_problems, regroup, shown_ends, tokens_before_answer, with_hint
 from core.engines import load_engine
 from core.model import (
     Policy,
@@ -41,18 +41,16 @@ from core.model import (
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, finish, resume, save
 from core.rewards import RewardFn, grade, load_grader, math_reward
-from core.verifier import answer_part, boxed, verify
+from core.verifier import answer_part, boxed, completion_text, verify
 
 
 # Problems -----------------------------------------------------------------------------------------
 def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bool = False) -> tuple[list, list]:
     """Training and test Problems of a run; no test problems where --test_data is empty."""
-    run = cfg.run
-    limits = (run.template, run.columns, run.max_prompt_tokens, cfg.max_completion_tokens)
-    grader = load_grader(run.reward, reward_fn, run.solved, run.reward_seconds)
-    cfg.run = replace(run, reward=grader.source)  # so that config.json and final/ say what was in force
-    train = load_problems(run.data, tokenizer, *limits, require_expert, grader=grader)
-    return train, load_problems(run.test_data, tokenizer, *limits, split="test", grader=grader) if run.test_data else []
+    grader, test = load_grader(cfg.run, reward_fn), cfg.run.test_data
+    train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, grader=grader, **asked(cfg))
+    cfg.run = alike(replace(cfg.run, reward=grader.source), train)  # the test is asked so, and final/, eval.py
+    return train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else []
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -103,7 +101,7 @@ class Rollout:
 
 def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:
     """The expert's whole completion: every token is the expert's."""
-    text = tokenizer.decode(problem.expert_ids, skip_special_tokens=True)
+    text = completion_text(problem.expert_ids, tokenizer)
     return Rollout(problem, problem.expert_ids, len(problem.expert_ids), text=text, finished=True)
 
 
@@ -137,7 +135,7 @@ class Sampler:
         for problem, prefix, rows in zip(problems, prefixes, made, strict=True):
             groups.append([Rollout(problem, [*prefix, *ids], len(prefix), logprobs) for ids, logprobs in rows])
         for rollout in (rollout for group in groups for rollout in group):
-            rollout.text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+            rollout.text = completion_text(rollout.completion_ids, self.tokenizer, self.stop_ids)
             rollout.finished = rollout.completion_ids[-1] in self.stop_ids
         return groups
 

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +26,11 @@ import tyro
 from tqdm import tqdm
 
 import common
-from core.config import resolve_model
+from core.config import BOX_REQUEST, resolve_model
 from core.data import choose_template
 from core.model import window
 from core.records import write_atomic
+from core.rewards import Grader, load_grader
 
 BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
     "aime24": ("HuggingFaceH4/aime_2024", 32),
@@ -55,7 +57,13 @@ class Config:
     max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
     max_tokens: int = 8192  # of a completion; cut to the room behind the longest prompt
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    template_args: str = "date=2024-07-26"  # of the tokenizer's own: "enable_thinking=false", the day it prints
+    system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
+    request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
+    reward: str = ""  # FILE.py:FUNCTION of your own; empty: the verifier
+    solved: float = 1.0  # a reward from here on is a solved problem
+    reward_seconds: float = 5.0  # time limit of one completion
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.8  # share of the GPU for vLLM
@@ -93,17 +101,19 @@ def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000)
 def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[str, object]:
     """Table of results from samples grouped by problem.
 
-    A sample has reward, finished, tokens, boxes and verifier_error.
+    A sample has reward, solved, finished, tokens, boxes and verifier_error. avg@n and pass@k are of
+    what is solved; where rewards are more than that, mean_reward is theirs.
     """
-    right = [sum(s["reward"] for s in group) for group in groups]
+    right = [sum(s["solved"] for s in group) for group in groups]
     flat = [s for group in groups for s in group]
-    n = len(groups[0])
+    n, earned = len(groups[0]), [s["reward"] for s in flat]
     means = [r / n for r in right]
     return {
         "problems": len(groups),
         f"avg@{n}": float(np.mean(means)),
         "interval_95": bootstrap_interval(means, seed),
         **{f"pass@{k}": float(np.mean([pass_at_k(n, int(r), k) for r in right])) for k in ks if k <= n},
+        **({"mean_reward": float(np.mean(earned))} if {*earned} - {0, 1} else {}),
         "truncated": float(np.mean([not s["finished"] for s in flat])),
         "several_boxes": float(np.mean([s["boxes"] > 1 for s in flat])),
         "mean_tokens": float(np.mean([s["tokens"] for s in flat])),
@@ -122,6 +132,19 @@ def locate(name: str, data_dir: str) -> str:
     if name not in BENCHMARKS and not Path(name).suffix and "/" not in name:
         common.fail(f"--data {name} is neither a file nor one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name][0] if name in BENCHMARKS else name
+
+
+def label(name: str, names: list[str]) -> str:
+    """What a set is called in the report: its file's name, with the folder's if it has a twin."""
+    stems = {n: re.sub(r"(\.jsonl|\.parquet|\.gz)+$", "", Path(n).name) for n in (name, *names)}
+    twins = list(stems.values()).count(stems[name]) > 1
+    return f"{Path(name).resolve().parent.name}-{stems[name]}" if twins else stems[name]
+
+
+def describe_reward(grader: Grader) -> str:
+    """verifier, or the name of a function with the hash of its file."""
+    path, _, name = grader.source.rpartition(":")
+    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path else "verifier"
 
 
 def fingerprint(folder: Path) -> str:
@@ -148,7 +171,7 @@ def describe(
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
     if "vllm" in sys.modules:
         versions["vllm"] = sys.modules["vllm"].__version__
-    fields = "max_prompt_tokens max_tokens rope_theta max_positions many_boxes sampler tensor_parallel seed".split()
+    fields = "template_args system request max_prompt_tokens max_tokens rope_theta max_positions many_boxes solved"
     return {
         "benchmark": name,
         "source": Path(source).name if Path(source).is_file() else source,
@@ -162,7 +185,8 @@ def describe(
         "template": choose_template(cfg.template, tokenizer),
         "first_prompt": tokenizer.decode(problems[0].prompt_ids),
         "stop_ids": stop_ids,
-        **{field: getattr(cfg, field) for field in fields},
+        **{field: getattr(cfg, field) for field in f"{fields} sampler tensor_parallel seed".split()},
+        "reward": describe_reward(problems[0].grader),
         "versions": versions,
     }
 
@@ -198,22 +222,25 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
     """The lines of the samples file, per problem."""
     flat = [r for group in groups for r in group]
     texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
-    golds = [r.problem.answer for r in flat]
-    rewards, failed = common.verify(texts, golds, many_boxes)
+    grades, failed = common.grade([r.problem for r in flat], [r.text for r in flat], "", many_boxes)
     errors = [False] * len(flat)
     if failed:  # which ones: each alone again
-        errors = [common.verify([text], [gold], many_boxes)[1] > 0 for text, gold in zip(texts, golds, strict=True)]
+        errors = [common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r in flat]
+    for r, found in zip(flat, grades, strict=True):
+        r.reward, r.parts = found
     lines = iter(
         {
             "id": r.problem.id,
             "text": r.text,
-            "reward": reward,
+            "reward": r.reward,
+            "solved": r.solved,
+            **{f"reward_{part}": value for part, value in r.parts.items()},
             "finished": r.finished,
             "tokens": len(r.completion_ids),
             "boxes": len(set(common.boxed(text))),
             "verifier_error": error,
         }
-        for r, text, reward, error in zip(flat, texts, rewards, errors, strict=True)
+        for r, text, error in zip(flat, texts, errors, strict=True)
     )
     return [[next(lines) for _ in group] for group in groups]
 
@@ -243,8 +270,10 @@ def run(
     Each part is on disk before the next one is sampled (collective).
     """
     source = locate(name, cfg.data_dir)
-    name = name if name in BENCHMARKS or cfg.data_dir else Path(name).name.split(".")[0]
-    problems = common.load_problems(source, tokenizer, cfg.template, cfg.columns, cfg.max_prompt_tokens, split="test")
+    name = name if name in BENCHMARKS or cfg.data_dir else label(name, cfg.data.split(","))
+    asked = {field: getattr(cfg, field) for field in ("template_args", "system", "request")}
+    limits, grader = (cfg.template, cfg.columns, cfg.max_prompt_tokens), load_grader(cfg, common.math_reward)
+    problems = common.load_problems(source, tokenizer, *limits, split="test", grader=grader, **asked)
     cfg = fit(cfg, name, problems, positions)
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]
@@ -288,7 +317,7 @@ def show(report: dict[str, dict]) -> None:
     """One table: a benchmark a line."""
     passes = dict.fromkeys(k for entry in report.values() for k in entry["result"] if k.startswith("pass@"))
     keys = ["problems", "score", "interval 95 %", *passes]
-    keys += ["truncated", "several_boxes", "mean_tokens", "verifier_errors"]
+    keys += ["mean_reward", "truncated", "several_boxes", "mean_tokens", "verifier_errors"]
     rows = [["benchmark", *keys]]
     for name, entry in report.items():
         result = entry["result"]
@@ -320,7 +349,7 @@ def compare(one: Path, two: Path, seed: int) -> None:
             rewards: dict[str, list[float]] = {}
             for line in (folder / f"{name}.samples.jsonl").read_text().splitlines():
                 sample = json.loads(line)
-                rewards.setdefault(sample["id"], []).append(sample["reward"])
+                rewards.setdefault(sample["id"], []).append(sample["solved"])
             means.append({key: sum(r) / len(r) for key, r in rewards.items()})
         gains = [means[1][key] - means[0][key] for key in means[0]]
         low, high = bootstrap_interval(gains, seed)

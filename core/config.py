@@ -11,6 +11,8 @@ import tyro
 
 from core.processes import ROOT, fail, print0
 
+BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -18,10 +20,14 @@ class RunConfig:
 
     # data
     model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or tiny (bundled)
-    data: str = "Elliott/Openr1-Math-46k-8192"  # hub name, .jsonl, .jsonl.gz or .parquet
+    data: str = "Elliott/Openr1-Math-46k-8192"  # hub names, .jsonl, .jsonl.gz or .parquet, separated by commas
     test_data: str = "HuggingFaceH4/MATH-500"  # the same; empty: no evaluation
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    template_args: str = "date=2024-07-26"  # of the tokenizer's own: "enable_thinking=false", the day it prints
+    system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
+    request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
+    check_traces: bool = True  # keep traces that are right; off: all, as they are, and sft.py needs no answers
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     seed: int = 0  # of the order of problems and of everything sampled
     # reward
@@ -48,6 +54,13 @@ class RunConfig:
     save_every: int = 50  # steps
     keep: int = 2  # checkpoints
     wandb: bool = False  # log there too
+
+
+def asked(cfg) -> dict[str, object]:
+    """How a training script has questions asked and traces checked, as load_problems takes it."""
+    names = "template template_args system request columns max_prompt_tokens check_traces".split()
+    sampled = {"max_completion_tokens": cfg.max_completion_tokens, "need_answers": hasattr(cfg, "group_size")}
+    return {name: getattr(cfg.run, name) for name in names} | sampled
 
 
 def resolve_model(name: str) -> str:
@@ -85,7 +98,7 @@ def parse(config: type) -> object:
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
     used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}
     if used and not flags.get("resume"):
-        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v}" for k, v in used.items()))
+        print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v!r}" for k, v in used.items()))
     return cfg
 
 
@@ -101,4 +114,9 @@ def read_settings(path: Path, script: str) -> dict[str, object]:
     """A model folder's settings.json; the section of the script's name wins; empty without one."""
     settings = json.loads(path.read_text()) if path.is_file() else {}
     settings |= settings.pop(script, {})
-    return settings | {k: str(path.parent / settings[k]) for k in ("data", "test_data", "reward") if k in settings}
+    return settings | {k: beside(path, settings[k]) for k in ("data", "test_data", "reward") if k in settings}
+
+
+def beside(path: Path, names: str) -> str:
+    """Names of files, separated by commas, that a settings.json gives relative to its folder."""
+    return ",".join(str((path.parent / name).resolve()) for name in names.split(",") if name)

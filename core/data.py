@@ -1,9 +1,13 @@
 """Problems: rows of a file or hub data set, recognised, rendered, tokenised and checked at load."""
 
+import datetime
+import functools
 import gzip
 import hashlib
 import json
+import os
 import re
+import shlex
 import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
@@ -12,11 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import jinja2
 
+from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
 from core.processes import fail, first_line, print0
 from core.rewards import VERIFIER, Grader, grade
-from core.verifier import answer_part, boxed, golds_parse, last_box
+from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Problem:
     score: float | None = None  # how good the trace is, where the data set says so
     occurrence: int = 0  # how often the step has drawn this problem before
     hinted: bool = False  # the prompt shows a part of the trace
+    system: str | None = None  # the row's own system turn, where it is asked with one
+    prompt: str = ""  # the text of prompt_ids, with a CUT in each control token that is mere text
     grader: Grader = VERIFIER  # what its completions earn
     row: dict = field(default_factory=dict, compare=False, repr=False)  # as the data has it, for one's own rewards
 
@@ -44,25 +52,33 @@ def group_seed(seed: tuple[int, ...], problem: Problem) -> int:
 
 
 # Rows ---------------------------------------------------------------------------------------------
-def read_rows(name: str, split: str) -> list[tuple[str, dict]]:
-    """(where, row) of a .jsonl, .jsonl.gz or .parquet file or of a hub data set."""
-    path = Path(name)
-    if path.suffix == ".parquet" and path.is_file():
-        rows = datasets.Dataset.from_parquet(name)
-    elif path.is_file():
-        rows = read_json_lines(path)
-    else:
-        rows = read_hub(name, split)
-    return [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
+def read_rows(names: str, split: str) -> list[tuple[str, dict]]:
+    """(where, row) of .jsonl, .jsonl.gz or .parquet files or hub data sets, one after the other."""
+    found = []
+    for name in [names] if Path(names).is_file() else filter(None, names.split(",")):
+        path = Path(name)
+        if path.suffix == ".parquet" and path.is_file():
+            rows = datasets.Dataset.from_parquet(name)
+        elif path.is_file():
+            rows = read_json_lines(path)
+        else:
+            rows = read_hub(name, split)
+        found += [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
+    return found
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl or .jsonl.gz file. Any other line ends the run with its number."""
+    """The objects of a .jsonl or .jsonl.gz file. Any other line ends the run with its number.
+
+    Half of a surrogate pair, which no tokenizer takes, becomes the sign for a lost character.
+    """
     rows = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for i, line in enumerate(file):
             try:
                 row = json.loads(line)
+                if "\\ud" in line.lower():
+                    row = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(row, ensure_ascii=False)))
             except json.JSONDecodeError as error:
                 fail(f"{path}:{i + 1} is not a JSON object ({error.msg})")
             if not isinstance(row, dict):
@@ -92,9 +108,34 @@ def read_hub(name: str, split: str) -> datasets.Dataset:
 FIELDS = {  # what a problem needs: the column names under which it is found
     "problem": ("problem", "question", "prompt"),
     "answer": ("answer", "final_answer"),
-    "solution": ("solution", "response", "expert"),
+    "solution": ("solution", "response", "expert", "completion", "output"),
     "score": ("score",),  # of the trace; can be missing
 }
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages, not empty: role and content, or from and value."""
+    keys = [set(m) if isinstance(m, dict) else set() for m in value] if isinstance(value, list) else []
+    return bool(keys) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys)
+
+
+def turns(value: object, role: str = "user") -> list[dict]:
+    """The messages of a chat, or a text as one; [] of anything else. A turn's content is None where
+    it is more than text (an image, a tool call); a thought in a field of its own leads it.
+    """
+    found = []
+    for m in value if is_chat(value) else [{"role": role, "content": value}] if isinstance(value, str) else []:
+        speaker, content = (m["role"], m["content"]) if "content" in m else (m["from"], m["value"])
+        if isinstance(content, list):
+            parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+            texts = [p.get("text") if "text" in str(p.get("type", "text")) else None for p in parts]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        content = content if isinstance(content, str) and not m.get("tool_calls") else None
+        thinking = m.get("reasoning_content") or m.get("thinking")
+        content = f"<think>\n{thinking}\n</think>\n\n{content}" if thinking and content else content
+        found.append({"role": ROLES.get(str(speaker).lower(), str(speaker).lower()), "content": content})
+    return found
 
 
 def right_generation(row: dict, generations: object) -> dict:
@@ -113,29 +154,44 @@ def thought(row: dict, thinking: str | list[str] | None, attempt: str | None) ->
 
 
 def conversation(row: dict, messages: object) -> dict:
-    """A chat: what comes before the answer of the assistant, and that answer."""
-    if not is_chat(messages):
+    """A chat: the trace is its last turn, where that is the assistant's. `system` is a turn too."""
+    *said, last = turns(messages) if is_chat(messages) else [None]
+    if last is None:
         return {}
-    said = [m["content"] for m in messages if m["role"] == "assistant"]
-    return {"problem": [m for m in messages if m["role"] != "assistant"], "solution": said[0] if said else None}
+    if isinstance(row.get("system"), str) and all(m["role"] != "system" for m in said):
+        said = [*turns(row["system"], "system"), *said]
+    spoken = last["role"] == "assistant"
+    return {"problem": said, "solution": last["content"] or ""} if spoken else {"problem": [*said, last]}
+
+
+def completion(row: dict, prompt: object, answer: object) -> dict:
+    """TRL: a prompt and its completion, each a text or messages, where no other column has them."""
+    named = any(row.get(column) for column in (*FIELDS["problem"][:2], *FIELDS["solution"][:3]))
+    said = [turns(prompt), turns(answer, "assistant")]
+    return conversation(row, sum(said, [])) if all(said) and not named else {}
+
+
+def instruction(row: dict, asked: object, output: object) -> dict:
+    """Alpaca: the instruction, with its input if it has one, and the output."""
+    named = any(row.get(column) for column in FIELDS["problem"])
+    text = f"{asked}\n\n{row['input']}" if row.get("input") else asked
+    return {} if named else conversation(row, [*turns(text), *turns(output, "assistant")])
 
 
 def first_message(row: dict, target: object) -> dict:
     """LUFFY: the trace is the first of the target's messages, where no column has it."""
     named = any(row.get(column) is not None for column in FIELDS["solution"])
-    return {"solution": target[0]["content"]} if is_chat(target) and not named else {}
-
-
-def is_chat(value: object) -> bool:
-    """Whether a value is a list of messages and not empty."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
+    return {"solution": turns(target)[0]["content"]} if is_chat(target) and not named else {}
 
 
 SCHEMAS = [  # columns that tell a schema, and what makes fields of row and columns; the first that makes some
     (("generations",), right_generation),  # OpenR1
     (("deepseek_thinking_trajectory", "deepseek_attempt"), thought),  # s1K-1.1
     (("thinking_trajectories", "attempt"), thought),  # s1K
-    (("messages",), conversation),
+    (("messages",), conversation),  # OpenAI, TRL
+    (("conversations",), conversation),  # ShareGPT
+    (("prompt", "completion"), completion),  # TRL
+    (("instruction", "output"), instruction),  # Alpaca
     (("target",), first_message),  # LUFFY
 ]
 
@@ -155,6 +211,8 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
     meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
     if {"target", "nums"} <= set(meta) and "answer" not in names:  # Countdown
         found["answer"] = {"target": meta["target"], "nums": meta["nums"]}
+    if is_chat(found["solution"]):
+        found["solution"] = turns(found["solution"])[-1]["content"]
     found = plain_answer(found, "solution" in names)
     return {field: value for field, value in found.items() if value not in (None, "", [])}
 
@@ -175,19 +233,33 @@ def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, ob
 
 # Prompts ------------------------------------------------------------------------------------------
 
-BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 THINK_REQUEST = (
     "Reason step by step before you answer. Write the reasoning between <think> and </think>, where you may explore, "
     "verify and correct yourself, and after it the solution, with the final answer within \\boxed{}."
 )
 CHATML = (
-    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n{opening}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant{{ '\n' }}"
 )
 TEMPLATES = {  # chat is the tokenizer's own; think is chat, else this, and ends with an open <think>
-    "plain": "{problem}\n",
-    "qwen_math": CHATML.format(system=BOX_REQUEST.strip().replace("{}", "{{}}"), opening=""),
-    "think": CHATML.format(system=THINK_REQUEST.replace("{}", "{{}}"), opening="<think>\n"),
+    "plain": "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}",
+    "qwen_math": CHATML,
+    "think": CHATML,
 }
+SYSTEMS = {"qwen_math": BOX_REQUEST.strip(), "think": THINK_REQUEST}  # their own system turn
+CUT = "\ufdd0"  # no character of any text
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a question becomes a prompt."""
+
+    tokenizer: Tokenizer
+    template: str  # not auto
+    system: str | None  # in place of every system turn, empty: no such turn; None: the row's own
+    request: str  # for a box, where no turn asks for one
+    args: dict[str, object]  # of the chat template
+    folds: bool = False  # the template has no system turn: its text goes into the first user turn
 
 
 def choose_template(template: str, tokenizer: Tokenizer) -> str:
@@ -201,50 +273,141 @@ def choose_template(template: str, tokenizer: Tokenizer) -> str:
     return template
 
 
-def question_text(problem: str | list[dict]) -> str:
-    """The question itself, of a string or of a conversation that ends with it."""
-    return problem if isinstance(problem, str) else problem[-1]["content"]
+def choose_asking(tokenizer: Tokenizer, template: str, system: str | None, request: str, args: str) -> Asking:
+    """What the flags mean for a tokenizer."""
+    template, options = choose_template(template, tokenizer), read_args(args, tokenizer)
+    if template != "chat" and not (template == "think" and tokenizer.chat_template):
+        options = {"chat_template": TEMPLATES[template]}
+        system = SYSTEMS.get(template, "") if system is None else system
+    asking = Asking(tokenizer, template, system, request, options)
+    probe = [{"role": "system", "content": "the system turn"}, {"role": "user", "content": "the question"}]
+    try:
+        return replace(asking, folds="the system turn" not in fill(probe, asking))
+    except jinja2.TemplateError:
+        return replace(asking, folds=True)
 
 
-def render(problem: str | list[dict], tokenizer: Tokenizer, template: str) -> tuple[str, list[int]]:
-    """A question's prompt as text and ids, with exactly one BOS where the tokenizer wants one."""
-    if template == "chat" or (template == "think" and tokenizer.chat_template):
-        messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem + BOX_REQUEST}]
-        if template == "think" and not isinstance(problem, list):
-            messages = [{"role": "system", "content": THINK_REQUEST}, {"role": "user", "content": problem}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if template == "think" and not text.rstrip().endswith("<think>"):
-            text += "<think>\n"
-    else:
-        text = TEMPLATES[template].format(problem=question_text(problem))
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+def read_args(text: str, tokenizer: Tokenizer) -> dict[str, object]:
+    """Values of the chat template's own variables; `date` is the day that it takes for today."""
+    args, words = {"date": "2024-07-26"}, {"true": True, "false": False}
+    try:
+        for name, equals, value in (pair.partition("=") for pair in shlex.split(text)):
+            if not equals or not re.search(rf"\b{name}\b", f"date {tokenizer.chat_template}"):
+                fail(f"--template_args: {name!r} has no value, or the chat template has no such variable")
+            args[name] = int(value) if value.isdecimal() else words.get(value.lower(), value)
+        return args | {"strftime_now": datetime.date.fromisoformat(str(args.pop("date"))).strftime}
+    except ValueError as error:
+        fail(f"--template_args {text}: {error}")
+
+
+def fill(messages: list[dict], asking: Asking) -> str:
+    """The text of a prompt. jinja2.TemplateError where the template refuses the turns."""
+    options = {"tokenize": False, "add_generation_prompt": True} | asking.args
+    text = asking.tokenizer.apply_chat_template(messages, **options)
+    if asking.template == "think":  # one open thought, whatever the template ends with
+        text = re.sub(r"(<think>\s*(</think>\s*)?)?\Z", "", text, count=1) + "<think>\n"
+    return text
+
+
+def ask(problem: str | list[dict], asking: Asking) -> list[dict]:
+    """The turns of a question: its system turn, and the request where no turn asks for a box."""
+    said, system = turns(problem), asking.system
+    if system is None and asking.template == "think" and all(m["role"] != "system" for m in said):
+        system = THINK_REQUEST
+    if system is not None:
+        said = [{"role": "system", "content": system}] * bool(system) + [m for m in said if m["role"] != "system"]
+    users = [i for i, m in enumerate(said) if m["role"] == "user"]
+    if users and not any("boxed" in m["content"] for m in said if m["role"] in ("system", "user")):
+        request = asking.request if "{problem}" in asking.request else "{problem}" + asking.request
+        said[users[-1]] = {"role": "user", "content": request.replace("{problem}", said[users[-1]]["content"])}
+    if asking.folds and len(said) > 1 and said[0]["role"] == "system" and said[1]["role"] == "user":
+        said[:2] = [{"role": "user", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
+    return said
+
+
+def render(problem: str | list[dict], asking: Asking) -> tuple[str, list[int]]:
+    """A question's prompt as text with CUTs, and as ids."""
+    said = [m | {"content": cut_control(m["content"], asking.tokenizer)} for m in ask(problem, asking)]
+    text = fill(said, asking)
+    return text, encode(text, asking.tokenizer)
+
+
+@functools.lru_cache(8)
+def control_tokens(tokenizer: Tokenizer) -> re.Pattern:
+    """The texts of special tokens, but those of a pair of tags such as <think> and </think>."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+    tags = {"<think>", "</think>"} | {
+        t for tag in texts - named if {tag, f"</{tag[1:]}"} <= texts for t in (tag, f"</{tag[1:]}")
+    }
+    return re.compile("|".join(map(re.escape, sorted((texts - tags) | {tokenizer.eos_token}, key=len, reverse=True))))
+
+
+def cut_control(text: str, tokenizer: Tokenizer) -> str:
+    """The text with a CUT in each control token, which is text then."""
+    return control_tokens(tokenizer).sub(lambda m: m[0][0] + CUT + m[0][1:], text.replace(CUT, ""))
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt with CUTs, with exactly one BOS where the tokenizer wants one."""
+    first, *others = text.split(CUT)
+    ids = tokenizer(first, add_special_tokens=False).input_ids
+    for part in others:  # behind EOS, since a tokenizer may put a blank before the beginning of a text
+        ids += tokenizer(tokenizer.eos_token + part, add_special_tokens=False).input_ids[1:]
     default = tokenizer("a").input_ids
     if tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id] and ids[:1] != default[:1]:
         ids = [tokenizer.bos_token_id, *ids]
-    return text, ids
+    return ids
 
 
 def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Problem:
     """The problem with the beginning of its trace behind the question, in the user's turn."""
-    prompt, question = tokenizer.decode(problem.prompt_ids), problem.text.strip()
+    prompt = problem.prompt or tokenizer.decode(problem.prompt_ids)
+    question = cut_control(problem.text.strip(), tokenizer)
     found = [way for way in (question, unicodedata.normalize("NFC", question)) if way in prompt]
     if not found:
         fail(f"problem {problem.id}: its prompt does not hold the question as it is, so that no hint can follow it")
     before, question, after = prompt.rpartition(found[0])
-    text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
-    return replace(problem, prompt_ids=tokenizer(text, add_special_tokens=False).input_ids, hinted=True)
+    hint = cut_control(tokenizer.decode(hint_ids), tokenizer)
+    text = f"{before}{question}\n\nThe solution begins like this:\n{hint}\n{after}"
+    return replace(problem, prompt=text, prompt_ids=encode(text, tokenizer), hinted=True)
+
+
+def alike(run: RunConfig, problems: list[Problem]) -> RunConfig:
+    """The flags by which test questions are asked in the training rows' words: the system turn
+    that all of these share, and what all questions begin or end with to ask for the box.
+    """
+    systems, texts = {p.system for p in problems}, {p.text for p in problems}
+    if len(systems) > 1:
+        print0(f"the system turns of the training rows differ ({len(systems)}), so test questions keep their own")
+    before = re.match(r"(.*boxed.*\s)?", os.path.commonprefix([*texts]), re.DOTALL)[0]
+    after = re.search(r"(\s.*boxed.*)?\Z", os.path.commonprefix([text[::-1] for text in texts])[::-1], re.DOTALL)[0]
+    request = f"{before}{{problem}}{after}" if len(texts) > 1 and before + after else run.request
+    system = systems.pop() if run.system is None and len(systems) == 1 else run.system
+    return replace(run, system=system, request=request)
 
 
 # Traces -------------------------------------------------------------------------------------------
+CALCULATOR = re.compile(r"<<[-+*/=().,%$^x\d\s]+>>")  # GSM8K's marks: 48/2 = <<48/2=24>>24
+
+
+def bare_trace(solution: str, tokenizer: Tokenizer, thinks: bool) -> str:
+    """A trace without control tokens at its end, GSM8K's marks of a calculator, and the <think> of
+    a prompt that opens it.
+    """
+    while (found := list(control_tokens(tokenizer).finditer(solution))) and not solution[found[-1].end() :].strip():
+        solution = solution[: found[-1].start()]
+    solution = CALCULATOR.sub("", solution)
+    return re.sub(r"\s*<think>\n*", "", solution, count=1) if thinks and opens(solution) else solution
+
+
 def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
     """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets
     it as its last line.
 
-    After an open <think> the tag is not repeated; a trace that never closes it is the thought, but
-    for a last line with the box.
+    After an open <think>, a trace that never closes it is the thought, but for a last line with the
+    box.
     """
-    if thinks:
-        solution = solution.removeprefix("<think>").lstrip("\n")
     if boxed(answer_part(solution, thinks)):
         return solution
     body, _, last = solution.rstrip().rpartition("\n")
@@ -289,7 +452,7 @@ def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     """
     if problem.step_ends:
         return list(problem.step_ends)
-    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in problem.expert_ids]
+    texts = [*(tokenizer.decode([token]) for token in problem.expert_ids[:-1]), ""]
     first = next((i for i, text in enumerate(texts) if text.strip()), len(texts))
     for marks in (("\n",), (".", "!", "?", "\n")):
         ends = [i for i, text in enumerate(texts, 1) if text.rstrip(" ").endswith(marks) and i > first]
@@ -360,74 +523,95 @@ def load_problems(
     max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
     require_expert: bool = False,  # rows without a usable expert trace are dropped; else traces are not read
     split: str = "train",
-    grader: Grader = VERIFIER,
+    system: str | None = None,  # in place of every system turn, empty: no such turn; None: the data's own
+    request: str = BOX_REQUEST,  # behind a question that asks for no box, or around its {problem}
+    template_args: str = "",  # "name=value ..." of the tokenizer's own template
+    check_traces: bool = True,  # else a trace is kept as it is
+    need_answers: bool = True,  # False: not where traces are not checked
+    grader: Grader = VERIFIER,  # one's own needs no answers and no boxes
 ) -> list[Problem]:
     """Read, render and check a data set. A row is kept, or counted with the reason it is not."""
-    template, rows = choose_template(template, tokenizer), read_rows(name, split)
+    rows, asking = read_rows(name, split), choose_asking(tokenizer, template, system, request, template_args)
+    graded = not grader.source and (check_traces or need_answers or not require_expert)
+    needed = ("problem", *["answer"] * graded, *["solution"] * require_expert)
     names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split())
     for column in names.values():
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
-    answers = [] if grader.source else [found["answer"] for found in fields if "answer" in found]
-    readable = iter(golds_parse(answers))
+    readable = iter(golds_parse([found["answer"] for found in fields if "answer" in found and "answer" in needed]))
     kept, dropped, seen = [], defaultdict(list), set()
-    for (where, row), found in zip(rows, fields, strict=True):
-        answer_ok = bool(grader.source) or ("answer" in found and next(readable))
-        problem = make_problem(row, found, answer_ok, tokenizer, template, max_prompt_tokens, require_expert, grader)
-        number = where.rsplit(":", 1)[-1]
+    for number, ((where, row), found) in enumerate(zip(rows, fields, strict=True), 1):
+        answer_ok = "answer" not in needed or ("answer" in found and next(readable))
+        boxes = check_traces and not grader.source  # one's own reward says what a right trace looks like
+        problem = make_problem(row, found, answer_ok, asking, max_prompt_tokens, needed, boxes)
         if isinstance(problem, Problem) and len(problem.expert_ids or ()) > max_completion_tokens:
             problem = f"expert trace over {max_completion_tokens} tokens"
         if isinstance(problem, str):
             dropped[problem].append(where)
             continue
-        name_of_row = str(row.get("id", number))
+        name_of_row = str(row.get("id", where.rsplit(":", 1)[-1]))
         problem = replace(problem, id=name_of_row if name_of_row not in seen else f"{name_of_row}#{number}")
+        problem = replace(problem, grader=grader, row=row if grader.source else {})  # it would only take memory
         seen.add(problem.id)
         kept.append((where, row, found, problem))
-    kept = right_traces(kept, tokenizer, dropped) if require_expert else kept
+    kept = right_traces(kept, tokenizer, dropped) if require_expert and check_traces else kept
     drops = "; ".join(f"{len(places)} dropped: {reason} (first {places[0]})" for reason, places in dropped.items())
-    print0(f"data {name}: {len(kept)} of {len(rows)} rows kept, template {template}{drops and f'; {drops}'}")
+    print0(f"data {name}: {len(kept)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
     if not kept:
-        fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}")
+        seen = f"; the columns of {rows[0][0]} are {', '.join(rows[0][1])}" if rows else ""
+        fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}{seen}")
     if grader.source and grade([kept[0][-1]], [""])[1]:
         fail(f"--reward {grader.source} fails on problem {kept[0][-1].id} and an empty completion, as said above")
     print0(f"first prompt: {tokenizer.decode(kept[0][-1].prompt_ids)!r}")
+    replaced = sum(any(m["role"] == "system" for m in turns(found["problem"])) for _, _, found, _ in kept)
+    if replaced and asking.system is not None:
+        print0(f"data {name}: --system or --template takes the place of the system turns of {replaced} rows")
     if require_expert:
-        describe_traces(name, kept, tokenizer)
+        describe_traces(name, kept, tokenizer, check_traces and not grader.source)
     return [problem for *_, problem in kept]
 
 
 def make_problem(
-    row, found, answer_ok: bool, tokenizer: Tokenizer, template: str, longest: int, expert: bool, grader: Grader
+    row: dict, found: dict, answer_ok: bool, asking: Asking, longest: int, needed: tuple[str, ...], checked: bool
 ) -> Problem | str:
-    """The problem of a row, on request with its trace; or the reason for which it is dropped."""
-    needed = {"problem": True, "answer": not grader.source, "solution": expert}
-    missing = [name for name, need in needed.items() if need and name not in found]
-    if missing:
+    """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
+    if missing := [field for field in needed if field not in found]:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
         return "answer that the verifier cannot parse"
-    prompt, prompt_ids = render(found["problem"], tokenizer, template)
+    said, tokenizer, solution = turns(found["problem"]), asking.tokenizer, found.get("solution")
+    if not said or not said[-1]["content"] or any(m["content"] is None for m in said):
+        return "problem with no text or with more than text"
+    try:
+        prompt, prompt_ids = render(said, asking)
+    except jinja2.TemplateError as error:
+        return f"turns that the chat template refuses: {first_line(error)}"
     if len(prompt_ids) > longest:
         return f"prompt over {longest} tokens"
     thinks, expert_ids, ends = prompt.rstrip().endswith("<think>"), None, ()
-    if expert:
-        boxed_answer = not grader.source  # a reward of one's own says what a right trace looks like
-        solution = with_box(found["solution"], found["answer"], row, thinks) if boxed_answer else found["solution"]
+    if "solution" in needed:
+        if not isinstance(solution, str):
+            return "expert trace that is more than text"
+        if checked and opens(solution) and "</think>" not in solution:
+            return "expert trace that never closes its thought"
+        solution = bare_trace(solution, tokenizer, thinks)
+        solution = with_box(solution, found["answer"], row, thinks) if checked else solution
+        if control := control_tokens(tokenizer).search(solution):
+            return f"expert trace with the control token {control[0]} inside"
         encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
         expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
         ends = step_ends(steps_of(row), solution, encoded.offset_mapping)
-    score = found["score"] if isinstance(found.get("score"), (int, float)) else None
-    fields = {"thinks": thinks, "step_ends": ends, "score": score, "grader": grader}
-    fields["row"] = row if grader.source else {}  # else it would only take memory
-    return Problem("", question_text(found["problem"]), prompt_ids, found.get("answer", ""), expert_ids, **fields)
+    own = [m["content"] for m in said if m["role"] == "system" and asking.system is None]
+    fields = {"thinks": thinks, "step_ends": ends, "prompt": prompt, "system": "\n\n".join(own) if own else None}
+    fields["score"] = found["score"] if isinstance(found.get("score"), (int, float)) else None
+    return Problem("", said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)
 
 
 def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, list[str]]) -> list[tuple]:
     """Those entries whose expert trace solves its problem."""
     problems = [problem for *_, problem in kept]
-    texts = [tokenizer.decode(p.expert_ids, skip_special_tokens=True) for p in problems]
+    texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
     grades, _ = grade(problems, texts, progress="checking expert traces")
     right = [found.reward >= p.grader.solved for p, found in zip(problems, grades, strict=True)]
     for (where, *_), solved in zip(kept, right, strict=True):
@@ -436,11 +620,11 @@ def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, lis
     return [entry for entry, solved in zip(kept, right, strict=True) if solved]
 
 
-def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer) -> None:
+def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer, checked: bool) -> None:
     """Print what was done to traces, and the first one as the model sees it."""
     boxes_added = sum(not boxed(found["solution"]) for _, _, found, _ in kept)
     steps_unused = sum(bool(steps_of(row)) and not problem.step_ends for _, row, _, problem in kept)
-    if boxes_added:
+    if boxes_added and checked:
         print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
     if steps_unused:
         print0(f"data {name}: the steps of {steps_unused} rows do not cut their traces; lines are taken there")

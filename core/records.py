@@ -21,7 +21,7 @@ import torch.distributed.checkpoint.state_dict as sharded
 import transformers
 from torch import Tensor, nn
 
-from core.config import flat, resolve_model
+from core.config import beside, flat, resolve_model
 from core.model import Policy, Tokenizer, load_config, named_weights
 from core.processes import ROOT, World, fail, print0, shutdown
 from core.sampler import stop_ids
@@ -189,7 +189,7 @@ def describe_run(cfg: object) -> dict:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    data, cuda = Path(cfg.run.data), torch.cuda.is_available()
+    files, cuda = [Path(name) for name in cfg.run.data.split(",")], torch.cuda.is_available()
     return {
         "flags": flat(cfg),
         "argv": sys.argv,
@@ -198,7 +198,7 @@ def describe_run(cfg: object) -> dict:
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)}
         | {"python": platform.python_version()},
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
-        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest() if data.is_file() else None,
+        "data_sha256": [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files],
     }
 
 
@@ -295,12 +295,13 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         tokenizer.save_pretrained(final)
         path = Path(resolve_model(run.model)) / "settings.json"
         settings = json.loads(path.read_text()) if path.is_file() else {}
-        if run.template != "auto":
-            settings["template"] = run.template  # eval.py and a next stage ask in the same way
+        asked = {name: getattr(run, name) for name in ("template", "template_args", "system", "request")}
+        settings |= {name: value for name, value in asked.items() if value not in ("auto", None)}
         for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            section |= {k: str((path.parent / section[k]).resolve()) for k in ("data", "test_data") if k in section}
-        if settings:
-            (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+            section |= {k: beside(path, section[k]) for k in ("data", "test_data", "reward") if k in section}
+        if run.reward:
+            settings |= {"reward": f"../{Path(run.reward).name}", "solved": run.solved}  # the copy beside config.json
+        (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")  # asks as this run did
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # they are written 0600
     dist.barrier()

@@ -40,18 +40,18 @@ def math_reward(problem, completion: str) -> float:
     return verify([answer_part(completion, problem.thinks)], [problem.answer])[0][0]
 
 
-def load_grader(reward: str, reward_fn: RewardFn, solved: float, seconds: float) -> Grader:
-    """The grader of a run: FILE.py:FUNCTION where --reward says so, else the method file's own.
+def load_grader(run, reward_fn: RewardFn) -> Grader:
+    """The grader of a RunConfig: FILE.py:FUNCTION of --reward, else what the method file names.
 
     A file that has no such function ends the run with a sentence.
     """
-    source = reward
-    if not reward and reward_fn is not math_reward:
+    source = run.reward
+    if not source and reward_fn is not math_reward:
         if "." in reward_fn.__qualname__ or reward_fn.__name__ == "<lambda>":
             fail("reward_fn must be a function at the top of a file: worker processes load it from there")
         source = f"{inspect.getsourcefile(reward_fn)}:{reward_fn.__name__}"
     if not source:
-        return Grader(solved=solved, seconds=seconds)
+        return Grader(solved=run.solved, seconds=run.reward_seconds)
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         fail(f"--reward {source}: there is no file {path or source}; it is written FILE.py:FUNCTION")
@@ -59,7 +59,7 @@ def load_grader(reward: str, reward_fn: RewardFn, solved: float, seconds: float)
         load_function(source)
     except Exception as error:  # whatever a file of the user's own raises while it runs
         fail(f"--reward {source}: {path} cannot be run, or has no function {name} ({first_line(error)})")
-    return Grader(f"{Path(path).resolve()}:{name}", solved, seconds)
+    return Grader(f"{Path(path).resolve()}:{name}", run.solved, run.reward_seconds)
 
 
 @functools.cache

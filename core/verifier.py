@@ -46,9 +46,22 @@ def last_box(text: str) -> str | None:
     return next(reversed(boxed(text)), None)
 
 
+def completion_text(ids: list[int], tokenizer, stop_ids: list[int] = ()) -> str:
+    """What a completion says: all but the stop tokens and padding at its end."""
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_ids}
+    return tokenizer.decode(ids[: max((i for i, token in enumerate(ids, 1) if token not in ends), default=0)])
+
+
+def opens(text: str) -> bool:
+    """Whether a text begins with a thought of its own."""
+    return text.lstrip().startswith("<think>")
+
+
 def answer_part(text: str, thinks: bool) -> str:
-    """What is graded: all, or after an open <think> what follows </think>, up to a second one."""
-    return (text.split("</think>")[1:] or [""])[0] if thinks else text
+    """What is graded: all, or of a thought that prompt or text opens what follows </think>, up to a
+    second one.
+    """
+    return (text.split("</think>")[1:] or [""])[0] if thinks or opens(text) else text
 
 
 # Comparing ----------------------------------------------------------------------------------------

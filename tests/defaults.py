@@ -9,6 +9,10 @@ model = 'Qwen2.5-1.5B-Instruct' | ours: one GPU is enough for it
 data = 'Elliott/Openr1-Math-46k-8192' | LUFFY, ReLIFT, SRFT, HPT, Prefix-RFT, TRAPO train on it
 test_data = 'HuggingFaceH4/MATH-500' | ours: in every paper's table
 template = 'auto' | ours
+template_args = 'date=2024-07-26' | ours: the day that Llama 3.2's template has where there is no clock
+system = None | ours: the rows' own
+request = '\\nPlease reason step by step, and put your final answer within \\\\boxed{}.' | Qwen2.5-Math's words
+check_traces = True | ours
 columns = '' | ours
 max_prompt_tokens = 1024 | train.sh of LUFFY, ReLIFT, HPT: data.max_prompt_length
 seed = 0 | ours

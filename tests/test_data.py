@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import byte_tokenizer, run_script
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 import common
 import uft
@@ -16,7 +17,7 @@ from core import data
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"problem": "1+1?", "answer": "2", "solution": "1+1\n\\boxed{2}"}
-LIMITS = {"max_prompt_tokens": 100, "max_completion_tokens": 200}
+LIMITS = {"max_prompt_tokens": 100, "max_completion_tokens": 200, "request": ""}  # but for the tests of asking
 
 
 def load(tmp_path, rows, tokenizer, **options):
@@ -30,6 +31,11 @@ def sample(name, tokenizer):
     """The real rows of tests/data."""
     path = str(DATA / f"{name}_sample.jsonl")
     return common.load_problems(path, tokenizer, max_prompt_tokens=2000, require_expert=True)
+
+
+def asking(tokenizer, template="auto", system=None, request="", args=""):
+    """How a question is asked by these flags."""
+    return data.choose_asking(tokenizer, template, system, request, args)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +114,8 @@ def test_thinking_schemas(schema, tmp_path, tokenizer):
     assert "</think>" in prompt.split("user")[0]
     assert trace == "1+1 is \\boxed{3}? No.\n</think>\n\n1+1\n\\boxed{2}<eos>"
     assert problem.thinks and problem.answer == "2" and problem.text == "1+1?"
-    with pytest.raises(SystemExit, match="no usable row"):  # without the gate the trace has two different boxes
-        load(tmp_path, [row], tokenizer, template="plain")
+    (problem,) = load(tmp_path, [row], tokenizer, template="plain")  # the trace opens the thought itself
+    assert not problem.thinks and tokenizer.decode(problem.expert_ids) == THOUGHT + "<eos>"
 
 
 def test_parquet_of_nested_columns(tmp_path, tokenizer):
@@ -173,7 +179,7 @@ def test_a_plain_trace_becomes_the_thought(tmp_path, tokenizer, capsys):
     """A trace without the tag is the thought, and its answer is added after it."""
     row = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
     (problem,) = load(tmp_path, [row], tokenizer, template="think", max_prompt_tokens=900)
-    assert tokenizer.decode(problem.expert_ids) == "1+1=<<1+1=2>>2\n</think>\n\\boxed{2}<eos>"
+    assert tokenizer.decode(problem.expert_ids) == "1+1=2\n</think>\n\\boxed{2}<eos>"
     assert "1 expert traces had no \\boxed{}" in capsys.readouterr().out
 
 
@@ -416,24 +422,22 @@ def test_broken_json_names_file_and_line(tmp_path, tokenizer):
         common.load_problems(str(path), tokenizer)
 
 
-def test_one_bos_at_most(tokenizer):
+def test_one_bos_at_most(tokenizer, monkeypatch):
     """One BOS for a tokenizer that wants one, however the prompt begins."""
-
-    class WithBos:
-        bos_token_id = 1
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = [1] * add_special_tokens + ([1] if text.startswith("<s>") else []) + [2, 3]
-            return type("Encoding", (), {"input_ids": ids})
-
-    assert data.render("hi", WithBos(), "plain")[1] == [1, 2, 3]
-    assert data.render("<s>hi", WithBos(), "plain")[1] == [1, 2, 3]
-    assert data.render("hi", tokenizer, "plain")[1] == tokenizer("hi\n").input_ids
+    wants = byte_tokenizer()
+    wants.add_special_tokens({"bos_token": "<s>"})
+    bos = wants.bos_token_id
+    wants.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    hi = [bos, *tokenizer("hi\n").input_ids]
+    assert data.render("hi", asking(wants))[1] == hi
+    monkeypatch.setitem(data.TEMPLATES, "plain", "<s>" + data.TEMPLATES["plain"])
+    assert data.render("hi", asking(wants))[1] == hi
+    assert bos not in data.render("<s>", asking(wants))[1][1:]
 
 
 def test_qwen_template(tokenizer):
     """The template of Qwen2.5-Math, character for character."""
-    text, _ = data.render("1+1?", tokenizer, "qwen_math")
+    text, _ = data.render("1+1?", asking(tokenizer, "qwen_math"))
     assert text == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"

@@ -161,6 +161,13 @@ def test_named_benchmarks_in_a_folder_and_greedy(tmp_path):
         assert done.returncode != 0 and f"error: {sentence}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_two_files_of_one_name_stay_apart():
+    """By their folders; a dot in a name is no end of it."""
+    names = "a/test.jsonl,b/test.jsonl.gz,set.v1.jsonl,set.v2.parquet,openai/gsm8k:main".split(",")
+    assert [evaluation.label(name, names) for name in names] == ["a-test", "b-test", "set.v1", "set.v2", "gsm8k:main"]
+    assert evaluation.label("a/test.jsonl", ["a/test.jsonl"]) == "test"
+
+
 @pytest.mark.parametrize("name", evaluation.BENCHMARKS)
 def test_hub_names(name, monkeypatch, tokenizer, capsys):
     """What is asked of the hub, the test split where there is one, and these sets' columns."""

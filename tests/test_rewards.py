@@ -49,7 +49,7 @@ def own(tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
 
     def load(name: str, **changed: float) -> Grader:
-        found = load_grader(f"{tmp_path / 'mine.py'}:{name}", common.math_reward, 1.0, 5.0)
+        found = load_grader(common.RunConfig(reward=f"{tmp_path / 'mine.py'}:{name}"), common.math_reward)
         return dataclasses.replace(found, **changed)
 
     return load
@@ -78,7 +78,7 @@ def test_the_verifier_can_be_a_part_of_it(own):
 
 def test_the_default_is_the_verifier():
     """Of what follows a thought."""
-    assert load_grader("", common.math_reward, 1.0, 5.0) == VERIFIER
+    assert load_grader(common.RunConfig(), common.math_reward) == VERIFIER
     right, wrong, thinking = "\\boxed{1}", "\\boxed{2}", "\\boxed{1}</think>\\boxed{2}"
     assert graded(VERIFIER, right, wrong) == ([Grade(1.0), Grade(0.0)], 0)
     thinks = dataclasses.replace(problem("q"), thinks=True)
@@ -99,12 +99,12 @@ def test_what_breaks_earns_nothing_and_is_counted(name, text, own, capsys):
 def test_what_cannot_be_loaded_is_a_sentence(source, own, tmp_path):
     own("length")
     with pytest.raises(SystemExit, match="--reward"):
-        load_grader(source.format(tmp_path / "mine.py"), common.math_reward, 1.0, 5.0)
+        load_grader(common.RunConfig(reward=source.format(tmp_path / "mine.py")), common.math_reward)
 
 
 def test_a_function_inside_a_function_is_a_sentence():
     with pytest.raises(SystemExit, match="top of a file"):
-        load_grader("", lambda problem, completion: 1.0, 1.0, 5.0)
+        load_grader(common.RunConfig(), lambda problem, completion: 1.0)
 
 
 # In a run -----------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_method_file_with_ones_own_reward(tmp_path):
 def test_rows_without_an_answer(own, tmp_path):
     """A reward of one's own needs none; it says which traces are right, and they get no box."""
     source, tokenizer = own("row").source, common.load_tokenizer("tiny")
-    grader = load_grader(source, common.math_reward, 1.0, 5.0)
+    grader = load_grader(common.RunConfig(reward=source), common.math_reward)
     path = tmp_path / "rows.jsonl"
     wanted = [{"problem": "1+1", "solution": f"{i}", "wanted": "1"} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in wanted))
@@ -177,7 +177,9 @@ def test_the_readmes_functions(tmp_path):
     assert (
         line["reward"] == pytest.approx(line["reward_right"] + 0.1 * line["reward_steps"]) and line["reward_steps"] > 0
     )
-    short = dataclasses.replace(load_grader(f"{tmp_path}/my_rewards.py:short", common.math_reward, 1.0, 5.0))
+    short = dataclasses.replace(
+        load_grader(common.RunConfig(reward=f"{tmp_path}/my_rewards.py:short"), common.math_reward)
+    )
     assert [found.reward for found in graded(short, "\\boxed{1}", "\\boxed{1}" + " " * 400)[0]] == [1.0, 0.0]
 
 
