@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import math_verify
 import numpy as np
 import torch.distributed as dist
 import tyro
@@ -28,6 +29,7 @@ import common
 from core.config import resolve_model
 from core.data import choose_template
 from core.records import write_atomic
+from core.verifier import check_items
 
 BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
     "aime24": ("HuggingFaceH4/aime_2024", 32),
@@ -90,17 +92,21 @@ def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000)
 def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[str, object]:
     """Table of results from samples grouped by problem.
 
-    A sample has reward, finished, tokens, boxes and verifier_error.
+    A sample has reward, finished, tokens, boxes and verifier_error, and math_verify where its gold
+    is one for math-verify. `differ` counts those samples to which that gives another verdict.
     """
     right = [sum(s["reward"] for s in group) for group in groups]
     flat = [s for group in groups for s in group]
     n = len(groups[0])
     means = [r / n for r in right]
+    plain = [(s["math_verify"], s["reward"]) for s in flat if s.get("math_verify") is not None]
     return {
         "problems": len(groups),
         f"avg@{n}": float(np.mean(means)),
         "interval_95": bootstrap_interval(means, seed),
         **{f"pass@{k}": float(np.mean([pass_at_k(n, int(r), k) for r in right])) for k in ks if k <= n},
+        **({"math_verify": float(np.mean([p for p, _ in plain]))} if plain else {}),
+        **({"differ": sum(p != (r == 1) for p, r in plain)} if plain else {}),
         "truncated": float(np.mean([not s["finished"] for s in flat])),
         "several_boxes": float(np.mean([s["boxes"] > 1 for s in flat])),
         "mean_tokens": float(np.mean([s["tokens"] for s in flat])),
@@ -191,8 +197,23 @@ def stored(out: Path, protocol: dict[str, object]) -> dict[str, list[dict]]:
     return groups
 
 
+def check_plainly(item: tuple[str, str]) -> bool:
+    """In a worker: what math-verify says with its defaults, without a rule of ours."""
+    gold, text = item  # a gold that brings no dollars is read as LaTeX only between dollars
+    golds = math_verify.parse(gold if "$" in gold else f"${gold}$", parsing_timeout=None)
+    return bool(math_verify.verify(golds, math_verify.parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def verify_plainly(texts: list[str], golds: list[str | dict]) -> list[float | None]:
+    """The second score, for comparison with others; None where the gold is no string."""
+    asked = [i for i, gold in enumerate(golds) if isinstance(gold, str)]
+    verdicts, _ = check_items([(golds[i], texts[i]) for i in asked], 5.0, "math-verify", check_plainly)
+    given = dict(zip(asked, map(float, verdicts), strict=True))
+    return [given.get(i) for i in range(len(golds))]
+
+
 def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict]]:
-    """The lines of the samples file, per problem."""
+    """The lines of the samples file, per problem, with math-verify's own verdict beside ours."""
     flat = [r for group in groups for r in group]
     texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
     golds = [r.problem.answer for r in flat]
@@ -200,17 +221,19 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
     errors = [False] * len(flat)
     if failed:  # which ones: each alone again
         errors = [common.verify([text], [gold], many_boxes)[1] > 0 for text, gold in zip(texts, golds, strict=True)]
+    plain = verify_plainly(texts, golds)
     lines = iter(
         {
             "id": r.problem.id,
             "text": r.text,
             "reward": reward,
+            "math_verify": other,
             "finished": r.finished,
             "tokens": len(r.completion_ids),
             "boxes": len(set(common.boxed(text))),
             "verifier_error": error,
         }
-        for r, text, reward, error in zip(flat, texts, rewards, errors, strict=True)
+        for r, text, reward, other, error in zip(flat, texts, rewards, plain, errors, strict=True)
     )
     return [[next(lines) for _ in group] for group in groups]
 
@@ -272,7 +295,7 @@ def show(report: dict[str, dict]) -> None:
     """One table: a benchmark a line."""
     passes = dict.fromkeys(k for entry in report.values() for k in entry["result"] if k.startswith("pass@"))
     keys = ["problems", "score", "interval 95 %", *passes]
-    keys += ["truncated", "several_boxes", "mean_tokens", "verifier_errors"]
+    keys += ["math_verify", "differ", "truncated", "several_boxes", "mean_tokens", "verifier_errors"]
     rows = [["benchmark", *keys]]
     for name, entry in report.items():
         result = entry["result"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 
+from core.answers import is_words
 from core.model import Tokenizer
 from core.processes import fail, first_line, print0
 from core.verifier import answer_part, boxed, golds_parse, last_box, verify
@@ -157,15 +158,15 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
 
 
 def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, object]:
-    """The answer as a string: out of `#### n`, of the solution's box, of a list of one."""
+    """The answer as a string: out of `#### n`, of the solution's box, of a list of its parts."""
     answer, solution = found["answer"], found["solution"]
     if "####" in str(answer):  # GSM8K as its authors ship it
         solution = solution if solution_named else answer
         answer = str(answer).split("####")[-1].strip().replace(",", "")
     if answer is None and isinstance(solution, str):  # MATH
         answer = last_box(solution)
-    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
-        answer = answer[0]
+    if isinstance(answer, list):  # OlympiadBench
+        answer = ", ".join(map(str, answer))
     answer = answer if answer is None or isinstance(answer, (str, dict)) else str(answer)
     return found | {"answer": answer, "solution": solution}
 
@@ -365,7 +366,10 @@ def load_problems(
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
-    readable = iter(golds_parse([found["answer"] for found in fields if "answer" in found]))
+    answers = [found["answer"] for found in fields if "answer" in found]
+    readable = iter(golds_parse(answers))
+    if spoken := sum(map(is_words, answers)):
+        print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped, seen = [], defaultdict(list), set()
     for (where, row), found in zip(rows, fields, strict=True):
         answer_ok, number = "answer" in found and next(readable), where.rsplit(":", 1)[-1]
@@ -398,7 +402,7 @@ def make_problem(
     if missing:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
-        return "answer that the verifier cannot parse"
+        return "answer that the verifier cannot read, so that its own box would be wrong"
     prompt, prompt_ids = render(found["problem"], tokenizer, template)
     if len(prompt_ids) > longest:
         return f"prompt over {longest} tokens"

@@ -374,7 +374,7 @@ def test_countdown_rows(tokenizer):
         (GOOD | {"problem": "x" * 300}, "prompt over 100 tokens"),
         (GOOD | {"solution": "x" * 300 + "\\boxed{2}"}, "expert trace over 200 tokens"),
         (GOOD | {"solution": "\\boxed{3}"}, "expert trace that the verifier rejects"),
-        (GOOD | {"answer": "$ $", "solution": "\\boxed{3}"}, "answer that the verifier cannot parse"),
+        (GOOD | {"answer": "$ $", "solution": "\\boxed{3}"}, "answer that the verifier cannot read"),
     ],
 )
 def test_a_bad_row_is_one_counted_drop(row, reason, tmp_path, tokenizer, capsys):
