@@ -129,8 +129,8 @@ FILLING = set("a an and are both is the so thus while therefore hence also of al
 
 def parts(text: str) -> list[str]:
     """What commas, semicolons, `and` and `or` divide outside of brackets, or inside of a set's."""
-    if text.startswith(r"\{") and text.endswith(r"\}") and text.count(r"\{") == 1:
-        text = text[2:-2]
+    inside = re.fullmatch(r"\\\{(?!.*\\\{)(.*)\\\}|\{([^{}]*)\}", text)
+    text = (inside[1] or inside[2] or "") if inside else text
     depth, start, found = 0, 0, []
     for mark in SEPARATOR.finditer(text):
         if mark[0][-1] in "()[]{}":

@@ -402,7 +402,7 @@ def make_problem(
     if missing:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
-        return "answer that the verifier cannot read, so that its own box would be wrong"
+        return "answer that the verifier cannot read"
     prompt, prompt_ids = render(found["problem"], tokenizer, template)
     if len(prompt_ids) > longest:
         return f"prompt over {longest} tokens"

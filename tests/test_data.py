@@ -474,3 +474,32 @@ def test_model_without_tokenizer(model_folder, tmp_path):
     done = run_script("sft.py", "--model", str(folder), *flags, check=False)
     assert done.returncode != 0 and f"error: --model {folder}: " in done.stderr and "tokenizer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_list_of_answers_is_one_answer_of_its_parts(tmp_path, tokenizer):
+    """As OlympiadBench publishes them: one, several, numbers."""
+    rows = [{"problem": "x?", "final_answer": answer} for answer in (["2"], ["4", "5"], [4, 0.5])]
+    golds = [p.answer for p in load(tmp_path, rows, tokenizer, require_expert=False)]
+    assert golds == ["2", "4, 5", "4, 0.5"] and common.verify(["\\boxed{5, 4}"], golds[1:2])[0] == [1.0]
+
+
+def test_a_data_set_says_that_its_answers_are_words(tmp_path, tokenizer, capsys):
+    """How many of them; numbers are not mentioned."""
+    load(
+        tmp_path,
+        [{"problem": "x?", "answer": answer} for answer in ("Paris", "no", "5", "xy")],
+        tokenizer,
+        require_expert=False,
+    )
+    assert "2 of 4 answers are words, and compared as words" in capsys.readouterr().out
+    load(tmp_path, [{"problem": "x?", "answer": "5"}], tokenizer, require_expert=False)
+    assert "words" not in capsys.readouterr().out
+
+
+def test_knights_and_knaves_rows_are_kept_with_their_traces(tmp_path, tokenizer):
+    """The answer in lines becomes the trace's box, and is right in any order."""
+    gold = "(1) Amelia is a knight\n(2) Evelyn is a knave"
+    row = {"problem": "Who?", "answer": gold, "solution": f"Assume ...\nTherefore, {gold}", "meta": {"n_people": 2}}
+    (problem,) = load(tmp_path, [row], tokenizer)
+    assert tokenizer.decode(problem.expert_ids).endswith(f"\\boxed{{{gold}}}<eos>")
+    assert common.verify(["\\boxed{Evelyn is a knave and Amelia is a knight}"], [problem.answer])[0] == [1.0]

@@ -241,6 +241,24 @@ def test_verifier_errors_are_per_sample(monkeypatch):
     assert [s["verifier_error"] for s in lines[0]] == [True, False]
 
 
+def test_the_second_score_is_math_verify_alone():
+    """A number without a box counts for it, a word's anagram too; Countdown has no such score."""
+    asked = [
+        ("2", "so it is 2."),
+        ("2", r"\boxed{2}"),
+        ("Paris", r"\boxed{sirap}"),
+        ({"target": 3, "nums": [1, 2]}, "3"),
+    ]
+    groups = [
+        [common.Rollout(common.Problem(str(i), "", [], gold, None), [1], text=text)]
+        for i, (gold, text) in enumerate(asked)
+    ]
+    lines = evaluation.grade(groups, "zero")
+    assert [sample["math_verify"] for (sample,) in lines] == [1.0, 1.0, 1.0, None]
+    result = evaluation.summarize(lines, (1,), 0)
+    assert (result["avg@1"], result["math_verify"], result["differ"]) == (0.25, 1.0, 2)
+
+
 def test_plot(tmp_path):
     """Runs with different keys in one picture, and a notice of a torn line."""
     for name, keys in (("a", {}), ("b", {"search_rate": 0.5, "test_accuracy": 0.1})):

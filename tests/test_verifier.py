@@ -106,6 +106,7 @@ def test_the_table_of_verdicts():
         (r"\boxed{yes} \boxed{no}", "yes", 0),
         (r"\boxed{A} or \boxed{B}", "A", 0),
         (r"\boxed{3} and \boxed{4}", "4, 3", 1),  # a gold of two parts
+        (r"\boxed{3}, \boxed{4}", "{3,4}", 1),
         (r"$$\boxed{3}\quad\text{and}\quad\boxed{4}$$", "4,3", 1),
         ("\\[\n\\boxed{3},\n\\boxed{4}\n\\]", "4,3", 1),
         ("\\begin{align*}x&=\\boxed{3}\\\\\ny&=\\boxed{4}\\end{align*}", "4,3", 1),
