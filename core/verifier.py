@@ -21,6 +21,7 @@ from core.processes import first_line, print0
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
 
 BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{ and \} belong to a set
+BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
 LINE_END = re.compile(r"(?<!\\\\)(?<![,&\[$])\n")  # the lines of a display end otherwise
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", "·": "*", "[": "(", "]": ")"}
@@ -43,7 +44,7 @@ def boxed(text: str) -> list[str]:
         if start > last:
             last = end
             found.append(text[start:end].strip())
-    return [content for content in found if content]
+    return [content for content in found if BLANK.sub("", content)]
 
 
 def last_box(text: str) -> str | None:

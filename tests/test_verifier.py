@@ -114,6 +114,7 @@ def test_the_table_of_verdicts():
         ("\\boxed{3}\n\nNo:\n\n\\boxed{4}", "3,4", 0),
         (r"\boxed{3},\boxed{4},\boxed{5}", "3,4", 0),
         ("\\boxed {5}", "5", 1),
+        (r"2x = \boxed{\phantom{2}}, so \boxed{4}", "4", 1),  # the empty box of the question
         ("\\boxed\n{5}", "5", 1),
         (r"\boxed{8/2+1} \boxed{\frac{8}{2}+1 = 5}", {"target": 5, "nums": [8, 2, 1]}, 1),
         (r"\boxed{8/2+1} \boxed{8-2-1}", {"target": 5, "nums": [8, 2, 1]}, 1),  # both are right
