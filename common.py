@@ -41,7 +41,7 @@ from core.model import (
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, finish, resume, save
 from core.rewards import RewardFn, grade, load_grader, math_reward
-from core.verifier import answer_part, boxed, completion_text, verify
+from core.verifier import answer_part, boxed, completion_text
 
 
 # Problems -----------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: 
 
 # What a method file uses of core/ is handed on here, so that it imports this module alone.
 __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all_sum", "gather", "print0", "fail"]
-__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "verify"]
+__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
 __all__ += ["finish", "math_reward"]

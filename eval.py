@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import math_verify
 import numpy as np
 import torch.distributed as dist
 import tyro
@@ -31,6 +32,7 @@ from core.data import choose_template
 from core.model import window
 from core.records import write_atomic
 from core.rewards import Grader, load_grader
+from core.verifier import in_pool
 
 BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), samples per problem
     "aime24": ("HuggingFaceH4/aime_2024", 32),
@@ -101,19 +103,23 @@ def bootstrap_interval(scores: list[float], seed: int = 0, rounds: int = 10_000)
 def summarize(groups: list[list[dict]], ks: tuple[int, ...], seed: int) -> dict[str, object]:
     """Table of results from samples grouped by problem.
 
-    A sample has reward, solved, finished, tokens, boxes and verifier_error. avg@n and pass@k are of
-    what is solved; where rewards are more than that, mean_reward is theirs.
+    A sample has reward, solved, finished, tokens, boxes and verifier_error, and math_verify where
+    its gold is one for it. avg@n and pass@k are of what is solved, mean_reward is of rewards that
+    are more than 0 and 1; `differ` counts samples to which math-verify gives another verdict.
     """
     right = [sum(s["solved"] for s in group) for group in groups]
     flat = [s for group in groups for s in group]
     n, earned = len(groups[0]), [s["reward"] for s in flat]
     means = [r / n for r in right]
+    plain = [(s["math_verify"], s["solved"]) for s in flat if s.get("math_verify") is not None]
     return {
         "problems": len(groups),
         f"avg@{n}": float(np.mean(means)),
         "interval_95": bootstrap_interval(means, seed),
         **{f"pass@{k}": float(np.mean([pass_at_k(n, int(r), k) for r in right])) for k in ks if k <= n},
         **({"mean_reward": float(np.mean(earned))} if {*earned} - {0, 1} else {}),
+        **({"math_verify": float(np.mean([p for p, _ in plain]))} if plain else {}),
+        **({"differ": sum(p != solved for p, solved in plain)} if plain else {}),
         "truncated": float(np.mean([not s["finished"] for s in flat])),
         "several_boxes": float(np.mean([s["boxes"] > 1 for s in flat])),
         "mean_tokens": float(np.mean([s["tokens"] for s in flat])),
@@ -218,8 +224,25 @@ def stored(out: Path, protocol: dict[str, object]) -> dict[str, list[dict]]:
     return groups
 
 
+def check_plainly(gold: str, text: str) -> bool:
+    """In a worker: what math-verify says with its defaults, without a rule of ours.
+
+    A gold that brings no dollars is read as LaTeX only between dollars.
+    """
+    golds = math_verify.parse(gold if "$" in gold else f"${gold}$", parsing_timeout=None)
+    return bool(math_verify.verify(golds, math_verify.parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def verify_plainly(texts: list[str], golds: list[str | dict]) -> list[float | None]:
+    """The second score, for comparison with others; None where the gold is no string."""
+    asked = [i for i, gold in enumerate(golds) if isinstance(gold, str)]
+    verdicts, _ = in_pool(check_plainly, [(golds[i], texts[i]) for i in asked], 5.0, "math-verify")
+    given = {i: float(bool(verdict)) for i, verdict in zip(asked, verdicts, strict=True)}
+    return [given.get(i) for i in range(len(golds))]
+
+
 def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict]]:
-    """The lines of the samples file, per problem."""
+    """The lines of the samples file, per problem, with math-verify's own verdict beside ours."""
     flat = [r for group in groups for r in group]
     texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
     grades, failed = common.grade([r.problem for r in flat], [r.text for r in flat], "", many_boxes)
@@ -228,6 +251,7 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
         errors = [common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r in flat]
     for r, found in zip(flat, grades, strict=True):
         r.reward, r.parts = found
+    plain = verify_plainly(texts, [r.problem.answer for r in flat])
     lines = iter(
         {
             "id": r.problem.id,
@@ -235,12 +259,13 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
             "reward": r.reward,
             "solved": r.solved,
             **{f"reward_{part}": value for part, value in r.parts.items()},
+            "math_verify": other,
             "finished": r.finished,
             "tokens": len(r.completion_ids),
             "boxes": len(set(common.boxed(text))),
             "verifier_error": error,
         }
-        for r, text, error in zip(flat, texts, errors, strict=True)
+        for r, text, other, error in zip(flat, texts, plain, errors, strict=True)
     )
     return [[next(lines) for _ in group] for group in groups]
 
@@ -317,7 +342,7 @@ def show(report: dict[str, dict]) -> None:
     """One table: a benchmark a line."""
     passes = dict.fromkeys(k for entry in report.values() for k in entry["result"] if k.startswith("pass@"))
     keys = ["problems", "score", "interval 95 %", *passes]
-    keys += ["mean_reward", "truncated", "several_boxes", "mean_tokens", "verifier_errors"]
+    keys += ["mean_reward", "math_verify", "differ", "truncated", "several_boxes", "mean_tokens", "verifier_errors"]
     rows = [["benchmark", *keys]]
     for name, entry in report.items():
         result = entry["result"]

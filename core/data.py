@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 import jinja2
 
+from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
 from core.processes import fail, first_line, print0
@@ -218,15 +219,15 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
 
 
 def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, object]:
-    """The answer as a string: out of `#### n`, of the solution's box, of a list of one."""
+    """The answer as a string: out of `#### n`, of the solution's box, of a list of its parts."""
     answer, solution = found["answer"], found["solution"]
     if "####" in str(answer):  # GSM8K as its authors ship it
         solution = solution if solution_named else answer
         answer = str(answer).split("####")[-1].strip().replace(",", "")
     if answer is None and isinstance(solution, str):  # MATH
         answer = last_box(solution)
-    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
-        answer = answer[0]
+    if isinstance(answer, list):  # OlympiadBench
+        answer = ", ".join(map(str, answer))
     answer = answer if answer is None or isinstance(answer, (str, dict)) else str(answer)
     return found | {"answer": answer, "solution": solution}
 
@@ -539,7 +540,10 @@ def load_problems(
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
-    readable = iter(golds_parse([found["answer"] for found in fields if "answer" in found and "answer" in needed]))
+    answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
+    readable = iter(golds_parse(answers))
+    if spoken := sum(map(is_words, answers)):
+        print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped, seen = [], defaultdict(list), set()
     for number, ((where, row), found) in enumerate(zip(rows, fields, strict=True), 1):
         answer_ok = "answer" not in needed or ("answer" in found and next(readable))
@@ -579,7 +583,7 @@ def make_problem(
     if missing := [field for field in needed if field not in found]:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
-        return "answer that the verifier cannot parse"
+        return "answer that the verifier cannot read"
     said, tokenizer, solution = turns(found["problem"]), asking.tokenizer, found.get("solution")
     if not said or not said[-1]["content"] or any(m["content"] is None for m in said):
         return "problem with no text or with more than text"

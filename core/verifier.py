@@ -10,18 +10,24 @@ import re
 import threading
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import chain
 
-import math_verify
 import pebble
 from tqdm import tqdm
 
+from core.answers import LONGEST, TYPE, equal, parts, rewritten
 from core.processes import first_line, print0
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
 
-BRACES = re.compile(r"\\boxed\{|\\(?!\\boxed\{)[\\{}]|[{}]")  # \{ and \} are characters of a set, not braces
+BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{ and \} belong to a set
+BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
+LINE_END = re.compile(r"(?<!\\\\)(?<![,&\[$])\n")  # the lines of a display end otherwise
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "×": "*", "÷": "/", "−": "-"}
+LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", "·": "*", "[": "(", "]": ")"}
+LATEX |= dict.fromkeys([r"\left", r"\right", r"\(", r"\)", r"\,", r"\;", r"\!", r"\ ", "$"], "")
+FRACTION = r"\\[dtc]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|(\d)(\d))"
+MOST_BOXES = 16  # different ones in a text that are compared; with more it has no answer
 
 
 # Finding the answer -------------------------------------------------------------------------------
@@ -29,7 +35,7 @@ def boxed(text: str) -> list[str]:
     r"""The contents of every closed, non-empty, outermost \boxed{...}, in order and in one pass."""
     opened, spans, found = [], [], []
     for token in BRACES.finditer(text):
-        if token[0] in ("{", r"\boxed{"):
+        if token[0][-1] == "{" and token[0] != r"\{":
             opened.append(token)
         elif token[0] == "}" and opened and (start := opened.pop())[0] != "{":
             spans.append((start.end(), token.start()))
@@ -38,7 +44,7 @@ def boxed(text: str) -> list[str]:
         if start > last:
             last = end
             found.append(text[start:end].strip())
-    return [content for content in found if content]
+    return [content for content in found if BLANK.sub("", content)]
 
 
 def last_box(text: str) -> str | None:
@@ -72,10 +78,14 @@ def plain_integer(text: str) -> bool:
 
 def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     """Whether an equation over + - * / hits the target and uses each number once. Never eval."""
-    for latex, plain in LATEX.items():
+    for latex, plain in LATEX.items() if len(equation) <= 400 else ():
         equation = equation.replace(latex, plain)
-    left, equals, right = equation.partition("=")
-    if len(equation) > 200 or (equals and right.strip() != str(target)) or not re.fullmatch(r"[0-9+*/() -]+", left):
+    while re.search(FRACTION, equation):  # innermost first
+        equation = re.sub(FRACTION, r"((\1\3)/(\2\4))", equation)
+    sides = [side.strip() for side in equation.rstrip(" .").split("=")]
+    left = [side for side in sides if side != str(target)] or [str(target)]
+    equation = re.sub(r"(?<=[\d)]) *(?=\()", "*", re.sub(r"[{}]", "", left[0]))
+    if len(equation) > 200 or len(left) > 1 or not re.fullmatch(r"[0-9+*/() -]+", equation):
         return False  # the characters keep out 0x2C, 4_4 and comments, which Python would read
     used = []
 
@@ -88,25 +98,26 @@ def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
         raise ValueError(f"{type(node).__name__} is not allowed")
 
     try:
-        value = walk(ast.parse(left.strip(), mode="eval").body)
+        value = walk(ast.parse(equation.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False  # not an equation: a wrong answer, not an error of the verifier
     return value == target and sorted(used) == sorted(nums)
 
 
-def parse_gold(answer: str) -> list:
-    r"""math-verify reads `2^{10}`, `3\sqrt{2}` or `\$18` right only between dollars."""
-    return math_verify.parse(answer if re.search(r"(?<!\\)\$", answer) else f"${answer}$", parsing_timeout=None)
+def check_item(gold: str, prediction: str | None, *lines: tuple[str, ...]) -> bool:
+    """In a worker: whether a prediction equals the gold, with None whether the gold equals itself.
 
-
-def check_item(item: tuple[str, str | None]) -> bool:
-    """In a worker: whether a prediction equals the gold, or with None whether the gold parses."""
-    gold, prediction = item
-    gold_parsed = parse_gold(gold)
-    if prediction is None:
-        return bool(gold_parsed)
-    parsed = math_verify.parse(f"\\boxed{{{prediction}}}", parsing_timeout=None)
-    return bool(math_verify.verify(gold_parsed, parsed, timeout_seconds=None))
+    Of several boxes, given line by line, all must be equal; k boxes of one line are one answer to
+    a gold of k parts.
+    """
+    if not lines:
+        return equal(gold, gold if prediction is None else prediction)
+    count, answers = len(parts(rewritten(gold, TYPE))), []
+    for boxes in map(dict.fromkeys, lines):
+        joined = len(boxes) == count and all(len(parts(rewritten(box, TYPE))) == 1 for box in boxes)
+        answers += [", ".join(boxes)] if joined else boxes
+    last = answers[-1]
+    return equal(gold, last) and all(said == last or equal(last, said) or equal(said, last) for said in set(answers))
 
 
 # Worker processes ---------------------------------------------------------------------------------
@@ -135,12 +146,6 @@ def in_pool(function: Callable, items: list[tuple], time_limit: float, progress:
     return results, errors
 
 
-def check_items(items: list[tuple[str, str | None]], time_limit: float, progress: str = "") -> tuple[list[bool], int]:
-    """check_item of all in the pool. (verdicts, errors): to hang or crash is False and an error."""
-    verdicts, errors = in_pool(check_item, [(item,) for item in items], time_limit, progress)
-    return [bool(verdict) for verdict in verdicts], errors
-
-
 @atexit.register
 def close_verifier() -> None:
     """Stop the worker processes."""
@@ -153,42 +158,47 @@ def close_verifier() -> None:
 
 
 def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
-    """Whether the verifier can read each gold; plain integers and Countdown need no parser."""
+    """Whether each gold can be answered: whether its own box is right."""
     asked = [i for i, answer in enumerate(answers) if isinstance(answer, str) and not plain_integer(answer.strip())]
-    verdicts, _ = check_items([(answers[i], None) for i in asked], time_limit, "parsing answers")
+    verdicts, _ = in_pool(check_item, [(answers[i], None) for i in asked], time_limit, "reading answers")
     readable = [True] * len(answers)
     for i, verdict in zip(asked, verdicts, strict=True):
-        readable[i] = verdict
+        readable[i] = bool(verdict)
     return readable
 
 
 def verify(
     texts: list[str],
     answers: list[str | dict],  # a string, or {"target", "nums"} for Countdown
-    many_boxes: str = "zero",  # several different boxes: zero, or last to take the last one
+    many_boxes: str = "zero",  # several boxes that differ in value: zero, or last to take the last one
     time_limit: float = 5.0,  # seconds per item
     progress: str = "",
 ) -> tuple[list[float], int]:
     """(1.0 where the boxed answer of a text is right, else 0.0; the number of verifier errors).
 
-    A box is required. Countdown, equal strings and plain integers are decided here, the rest by
-    math-verify.
+    A box is required. Countdown, equal strings and plain integers are decided here, the rest in
+    the pool.
     """
     scores, asked = [0.0] * len(texts), []
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        boxes = boxed(text)
-        if not boxes or (len(set(boxes)) > 1 and many_boxes == "zero"):
+        boxes = boxed(text) if many_boxes == "zero" else boxed(text)[-1:]
+        different = set(boxes)
+        if not boxes or len(different) > MOST_BOXES or max(map(len, boxes)) > LONGEST:
             continue
         box = boxes[-1]
         if isinstance(answer, dict):
-            scores[i] = float(countdown_correct(box, answer["target"], answer["nums"]))
+            scores[i] = float(all(countdown_correct(said, answer["target"], answer["nums"]) for said in different))
+        elif len(different) > 1:
+            lines = [tuple(boxed(line)) for line in LINE_END.split(text)]
+            whole = [*chain(*lines)] == boxes  # no box goes over several lines
+            asked.append((i, answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes)))))
         elif box == answer.strip():
             scores[i] = 1.0
         elif plain_integer(box) and plain_integer(answer.strip()):
             scores[i] = float(int(box) == int(answer))
         else:
             asked.append((i, answer, box))
-    verdicts, errors = check_items([(answer, box) for _, answer, box in asked], time_limit, progress)
-    for (i, _, _), verdict in zip(asked, verdicts, strict=True):
-        scores[i] = float(verdict)
+    verdicts, errors = in_pool(check_item, [item for _, *item in asked], time_limit, progress)
+    for (i, *_), verdict in zip(asked, verdicts, strict=True):
+        scores[i] = float(bool(verdict))
     return scores, errors

@@ -34,6 +34,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/config.py": "test_scripts test_defaults: test_skeleton",
     "core/processes.py": "test_packing test_gradients test_method_updates:grpo-or-two_ranks test_resume",
     "core/verifier.py": "test_verifier test_data",
+    "core/answers.py": "test_verifier",
     "eval.py": "test_eval",
     "bridge.py": "test_defaults test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 import common
 import uft
 from core import data
+from core.verifier import verify
 
 DATA = Path(__file__).parent / "data"
 GOOD = {"problem": "1+1?", "answer": "2", "solution": "1+1\n\\boxed{2}"}
@@ -365,7 +366,7 @@ def test_countdown_rows(tokenizer):
     text = tokenizer.decode(problems[0].expert_ids)
     assert text.endswith("\\boxed{44 + (19 + 35)}<eos>")
     wrong = text.replace("98", "99").replace("35)}", "36)}")
-    assert common.verify([text, wrong], [problems[0].answer] * 2)[0] == [1.0, 0.0]
+    assert verify([text, wrong], [problems[0].answer] * 2)[0] == [1.0, 0.0]
     assert all(
         "boxed" not in tokenizer.decode(p.expert_ids[: common.shown_ends(p, tokenizer)[0][-1]]) for p in problems
     )
@@ -380,7 +381,7 @@ def test_countdown_rows(tokenizer):
         (GOOD | {"problem": "x" * 300}, "prompt over 100 tokens"),
         (GOOD | {"solution": "x" * 300 + "\\boxed{2}"}, "expert trace over 200 tokens"),
         (GOOD | {"solution": "\\boxed{3}"}, "expert trace that the verifier rejects"),
-        (GOOD | {"answer": "$ $", "solution": "\\boxed{3}"}, "answer that the verifier cannot parse"),
+        (GOOD | {"answer": "$ $", "solution": "\\boxed{3}"}, "answer that the verifier cannot read"),
     ],
 )
 def test_a_bad_row_is_one_counted_drop(row, reason, tmp_path, tokenizer, capsys):
@@ -478,3 +479,32 @@ def test_model_without_tokenizer(model_folder, tmp_path):
     done = run_script("sft.py", "--model", str(folder), *flags, check=False)
     assert done.returncode != 0 and f"error: --model {folder}: " in done.stderr and "tokenizer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_list_of_answers_is_one_answer_of_its_parts(tmp_path, tokenizer):
+    """As OlympiadBench publishes them: one, several, numbers."""
+    rows = [{"problem": "x?", "final_answer": answer} for answer in (["2"], ["4", "5"], [4, 0.5])]
+    golds = [p.answer for p in load(tmp_path, rows, tokenizer, require_expert=False)]
+    assert golds == ["2", "4, 5", "4, 0.5"] and verify(["\\boxed{5, 4}"], golds[1:2])[0] == [1.0]
+
+
+def test_a_data_set_says_that_its_answers_are_words(tmp_path, tokenizer, capsys):
+    """How many of them; numbers are not mentioned."""
+    load(
+        tmp_path,
+        [{"problem": "x?", "answer": answer} for answer in ("Paris", "no", "5", "xy")],
+        tokenizer,
+        require_expert=False,
+    )
+    assert "2 of 4 answers are words, and compared as words" in capsys.readouterr().out
+    load(tmp_path, [{"problem": "x?", "answer": "5"}], tokenizer, require_expert=False)
+    assert "words" not in capsys.readouterr().out
+
+
+def test_knights_and_knaves_rows_are_kept_with_their_traces(tmp_path, tokenizer):
+    """The answer in lines becomes the trace's box, and is right in any order."""
+    gold = "(1) Amelia is a knight\n(2) Evelyn is a knave"
+    row = {"problem": "Who?", "answer": gold, "solution": f"Assume ...\nTherefore, {gold}", "meta": {"n_people": 2}}
+    (problem,) = load(tmp_path, [row], tokenizer)
+    assert tokenizer.decode(problem.expert_ids).endswith(f"\\boxed{{{gold}}}<eos>")
+    assert verify(["\\boxed{Evelyn is a knave and Amelia is a knight}"], [problem.answer])[0] == [1.0]

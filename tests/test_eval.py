@@ -15,6 +15,7 @@ from conftest import ROOT, run_script
 import common
 import eval as evaluation
 from core import data
+from core.rewards import Grade
 
 
 def test_pass_at_k_by_hand():
@@ -50,6 +51,7 @@ def test_table_by_hand():
     def sample(reward, finished=True, tokens=10, boxes=1):
         return {
             "reward": float(reward),
+            "solved": reward == 1,
             "finished": finished,
             "tokens": tokens,
             "boxes": boxes,
@@ -192,7 +194,18 @@ def fake_report(folder: Path, rewards: dict[str, list[int]], **protocol) -> Path
     """The folder that a finished run with these rewards by problem leaves."""
     folder.mkdir(parents=True)
     groups = [
-        [{"id": key, "reward": r, "finished": True, "tokens": 5, "boxes": 1, "verifier_error": False} for r in row]
+        [
+            {
+                "id": key,
+                "reward": r,
+                "solved": r == 1,
+                "finished": True,
+                "tokens": 5,
+                "boxes": 1,
+                "verifier_error": False,
+            }
+            for r in row
+        ]
         for key, row in rewards.items()
     ]
     entry = {"result": evaluation.summarize(groups, (1,), 0), "protocol": {"data_sha256": "x", "seed": 0} | protocol}
@@ -239,13 +252,31 @@ def test_the_sampler_gets_the_flags_of_the_evaluation(monkeypatch, tmp_path, wor
 def test_verifier_errors_are_per_sample(monkeypatch):
     """A batch with an error is looked at sample by sample."""
 
-    def verify(texts, golds, boxes):
-        return [0.0] * len(texts), sum("bad" in text for text in texts)
+    def graded(problems, texts, progress, boxes):
+        return [Grade(0.0)] * len(texts), sum("bad" in text for text in texts)
 
-    monkeypatch.setattr(common, "verify", verify)
+    monkeypatch.setattr(common, "grade", graded)
     question = common.Problem("a", "", [], "2", None)
     lines = evaluation.grade([[common.Rollout(question, [1], text=t) for t in ("bad", "good")]], "zero")
     assert [s["verifier_error"] for s in lines[0]] == [True, False]
+
+
+def test_the_second_score_is_math_verify_alone():
+    """A number without a box counts for it, a word's anagram too; Countdown has no such score."""
+    asked = [
+        ("2", "so it is 2."),
+        ("2", r"\boxed{2}"),
+        ("Paris", r"\boxed{sirap}"),
+        ({"target": 3, "nums": [1, 2]}, "3"),
+    ]
+    groups = [
+        [common.Rollout(common.Problem(str(i), "", [], gold, None), [1], text=text)]
+        for i, (gold, text) in enumerate(asked)
+    ]
+    lines = evaluation.grade(groups, "zero")
+    assert [sample["math_verify"] for (sample,) in lines] == [1.0, 1.0, 1.0, None]
+    result = evaluation.summarize(lines, (1,), 0)
+    assert (result["avg@1"], result["math_verify"], result["differ"]) == (0.25, 1.0, 2)
 
 
 def test_plot(tmp_path):

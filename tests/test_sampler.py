@@ -238,7 +238,7 @@ def bf16_folder(folder, eos: int | list[int], **generation: object) -> str:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, **generation}))
-    settings = {"template": "plain", "max_prompt_tokens": 64, "max_completion_tokens": 80, "steps": 2}
+    settings = {"template": "plain", "request": "", "max_prompt_tokens": 64, "max_completion_tokens": 80, "steps": 2}
     settings |= {"problems_per_step": 2, "bridge": {"group_size": 2}, "data": str(ROOT / "tiny/train.jsonl")}
     (folder / "settings.json").write_text(json.dumps(settings))
     return str(folder)
@@ -329,7 +329,9 @@ def test_eval_cuts_to_the_room(positions, room, tmp_path):
     ]
     done = run_script("eval.py", *flags, check=False)
     tokenizer, problems = common.load_tokenizer("tiny"), (tmp_path / "out/test.protocol.json")
-    longest = max(len(p.prompt_ids) for p in common.load_problems(str(ROOT / "tiny/test.jsonl"), tokenizer, "plain"))
+    longest = max(
+        len(p.prompt_ids) for p in common.load_problems(str(ROOT / "tiny/test.jsonl"), tokenizer, "plain", request="")
+    )
     said = f"the longest prompt has {longest} tokens, the window of {model} is {positions}"
     if room == 0:
         assert done.returncode == 1 and f"error: test: {said}; lower --max_prompt_tokens, or" in done.stderr

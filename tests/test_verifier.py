@@ -1,6 +1,8 @@
 """The verifier on the traps of math-verify, on hostile items, and on cases of other projects."""
 
 import asyncio
+import contextlib
+import io
 import json
 import random
 import threading
@@ -8,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import verdicts
+from conftest import ROOT
 
 from core import verifier
 from core.verifier import boxed, countdown_correct, golds_parse, verify
@@ -76,6 +80,59 @@ def test_a_box_is_required(text):
     assert verify([text], ["42"]) == ([0.0], 0)
 
 
+def test_the_table_of_verdicts():
+    """Every pair of gold and answer has its verdict; tests/README.md shows the table as it is."""
+    pairs = verdicts.pairs()
+    scores, errors = verify([f"\\boxed{{{said}}}" for _, said, _ in pairs], [gold for gold, *_ in pairs])
+    other = [(*pair, score) for pair, score in zip(pairs, scores, strict=True) if pair[-1] != score]
+    assert not other and not errors and len(pairs) > 500
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        verdicts.print_table()
+    assert printed.getvalue() in (ROOT / "tests/README.md").read_text(), "run: python tests/verdicts.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        (r"We get \boxed{x=4}. Final: \boxed{4}.", "4", 1),
+        (r"\boxed{0.5}, that is \boxed{\frac{1}{2}}", "1/2", 1),
+        (r"\boxed{12\text{ cm}} so \boxed{12}", "12", 1),
+        (r"\boxed{1,200} and again \boxed{1200}", "1200", 1),
+        (r"\boxed{28\%} = \boxed{0.28}", "0.28", 1),
+        (r"\boxed{Yes}. \boxed{\text{yes}}", "yes", 1),
+        (r"\boxed{A}: \boxed{A) 5}", "A", 1),
+        (r"\boxed{3} and \boxed{4}", "3", 0),  # hedging
+        (r"\boxed{3} and \boxed{4}", "4", 0),
+        (r"\boxed{yes} \boxed{no}", "yes", 0),
+        (r"\boxed{A} or \boxed{B}", "A", 0),
+        (r"\boxed{3} and \boxed{4}", "4, 3", 1),  # a gold of two parts
+        (r"\boxed{3}, \boxed{4}", "{3,4}", 1),
+        (r"$$\boxed{3}\quad\text{and}\quad\boxed{4}$$", "4,3", 1),
+        ("\\[\n\\boxed{3},\n\\boxed{4}\n\\]", "4,3", 1),
+        ("\\begin{align*}x&=\\boxed{3}\\\\\ny&=\\boxed{4}\\end{align*}", "4,3", 1),
+        ("\\boxed{3}, \\boxed{4}. So\n\\boxed{3, 4}", "3,4", 1),
+        ("\\boxed{3}\n\nNo:\n\n\\boxed{4}", "3,4", 0),
+        (r"\boxed{3},\boxed{4},\boxed{5}", "3,4", 0),
+        ("\\boxed {5}", "5", 1),
+        (r"2x = \boxed{\phantom{2}}, so \boxed{4}", "4", 1),  # the empty box of the question
+        ("\\boxed\n{5}", "5", 1),
+        (r"\boxed{8/2+1} \boxed{\frac{8}{2}+1 = 5}", {"target": 5, "nums": [8, 2, 1]}, 1),
+        (r"\boxed{8/2+1} \boxed{8-2-1}", {"target": 5, "nums": [8, 2, 1]}, 1),  # both are right
+        (r"\boxed{8/2+1} \boxed{8+2+1}", {"target": 5, "nums": [8, 2, 1]}, 0),
+    ],
+)
+def test_one_answer_in_several_boxes(text, gold, expected):
+    """Boxes of one value are one answer, and k boxes of one line are one to a gold of k parts."""
+    assert verify([text], [gold]) == ([expected], 0)
+
+
+def test_many_boxes_are_not_compared(monkeypatch):
+    """A text with more different boxes than an answer needs is wrong at once."""
+    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_: ([True] * len(items), 0))
+    texts = ["".join(f"\\boxed{{{i}}}" for i in range(n)) for n in (16, 17, 50000)]
+    assert verify([*texts, f"\\boxed{{{'1' * 2001}}}"], ["7"] * 4) == ([1.0, 0.0, 0.0, 0.0], 0)
+
+
 def test_several_boxes():
     """Different boxes are worth nothing, or the last one counts; equal boxes are one."""
     assert verify([r"\boxed{3} \boxed{4}", r"\boxed{4} or \boxed{4}"], ["4", "4"])[0] == [0.0, 1.0]
@@ -124,12 +181,59 @@ def test_a_sample_that_loops_on_open_boxes_is_read_in_one_pass():
         ("0o54 + 19 + 35", False),
         ("44 + 19 // 1 + 35", False),
         (r"\left(44 + 19\right) + 35", True),
+        ("44 + 19 + 35 = 98.", True),
+        ("98 = 44 + 19 + 35", True),
+        ("$44+19+35$", True),
+        ("[44 + 19] + 35", True),
+        (r"44\,+\,19+35", True),
+        ("98 = 98", False),
+        ("44+19+35" + r"\," * 300 + "x", False),
     ],
 )
 def test_countdown(equation, expected):
     """The target from each number once; nothing that Python alone would read is an equation."""
     assert countdown_correct(equation, 98, [44, 19, 35]) is expected
     assert one(equation, {"target": 98, "nums": [44, 19, 35]}) == expected
+
+
+@pytest.mark.parametrize(
+    ("equation", "target", "nums", "expected"),
+    [
+        (r"\frac{8}{2}+1", 5, [8, 2, 1], True),
+        (r"\dfrac{8}{2}+1 = 5.", 5, [8, 2, 1], True),
+        (r"\frac82+1", 5, [8, 2, 1], True),
+        (r"\frac{8}{\frac{4}{2}}", 4, [8, 4, 2], True),
+        (r"2(3+4)", 14, [2, 3, 4], True),
+        (r"8 \div 2 + 1", 5, [8, 2, 1], True),
+        ("8−2×1", 6, [8, 2, 1], True),
+        ("3 - 8 = -5", -5, [3, 8], True),
+        ("8{2}+1", 17, [8, 2, 1], False),  # LaTeX prints 82
+        (r"\frac{8}{2}1", 4, [8, 2, 1], False),
+        (r"\frac{8}{2}+1 = 6", 5, [8, 2, 1], False),
+        ("5", 5, [8, 2, 1], False),
+        ("81*1", 81, [81, 1, 81, 1], False),
+        ("25/2", 12, [25, 2], False),
+    ],
+)
+def test_countdown_in_latex(equation, target, nums, expected):
+    """The box asks for LaTeX, so that equations come in it."""
+    assert countdown_correct(equation, target, nums) is expected
+
+
+def test_a_gold_that_its_own_box_does_not_meet_is_found():
+    """What math-verify cannot read, text equal or not; words, roles, lists and units can be met."""
+    cannot = [r"\begin{cases} 1 & x \\ 2\end{cases}", "@", "1 2", "5 3/2", "x" * 2001, "12:00"]
+    can = [
+        "Paris",
+        verdicts.KNIGHTS,
+        "4, 5",
+        r"x = \frac12, x = \frac{-1 \pm \sqrt{13}}{4}",
+        "60 km/h",
+        "1e-07",
+        "E",
+        "123_5",
+    ]
+    assert golds_parse(cannot) == [False] * len(cannot) and golds_parse(can) == [True] * len(can)
 
 
 def test_unparsable_gold_is_found():
@@ -149,13 +253,13 @@ def test_hung_and_crashing_items_are_counted_and_the_next_item_works(monkeypatch
     assert errors <= 1 and time.monotonic() - started < 20
 
 
-def hang_or_crash(item):
+def hang_or_crash(gold, prediction):
     """Stands in for check_item."""
-    if item[1] == "hang":
+    if prediction == "hang":
         time.sleep(60)
-    if item[1] == "crash":
+    if prediction == "crash":
         __import__("os")._exit(3)
-    if item[1] == "raise":
+    if prediction == "raise":
         raise KeyError("poison")
     return True
 
@@ -206,8 +310,8 @@ def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
             number = rng.randrange(10**digits)
             others = (f"{number}", f"-{number + 1}", f"0{number}", f"{number + 1}", f"{number}00")
             pairs += [(str(number), other) for other in others]
-    slow = [verifier.check_item(pair) for pair in pairs]
-    monkeypatch.setattr(verifier, "check_items", lambda items, *_: ([False] * len(items), len(items)))
+    slow = [verifier.check_item(*pair) for pair in pairs]
+    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_: ([False] * len(items), len(items)))
     scores, asked = verify([f"\\boxed{{{box}}}" for _, box in pairs], [gold for gold, _ in pairs])
     assert asked == 0 and scores == [float(verdict) for verdict in slow]
 
