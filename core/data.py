@@ -369,8 +369,7 @@ def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Pr
     if not found:
         fail(f"problem {problem.id}: its prompt does not hold the question as it is, so that no hint can follow it")
     before, question, after = prompt.rpartition(found[0])
-    hint = cut_control(tokenizer.decode(hint_ids), tokenizer)
-    text = f"{before}{question}\n\nThe solution begins like this:\n{hint}\n{after}"
+    text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
     return replace(problem, prompt=text, prompt_ids=encode(text, tokenizer), hinted=True)
 
 

@@ -66,7 +66,7 @@ def prompt(problem, tokenizer):
 
 # Schemas ------------------------------------------------------------------------------------------
 PARTS = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
-IMAGE = [{"type": "image", "text": None}, {"type": "text", "text": "1+1?"}]
+IMAGE = [{"type": "image_url", "text": "a cat"}, {"type": "text", "text": "1+1?"}]
 EARLIER = [{"role": "user", "content": "0?"}, {"role": "assistant", "content": "\\boxed{0}"}]
 ROWS = {  # a row: the turns of its question, and its trace
     "trl texts": ({"prompt": "1+1?", "completion": "\\boxed{2}"}, [USER], "\\boxed{2}"),
@@ -93,6 +93,7 @@ ROWS = {  # a row: the turns of its question, and its trace
         [USER | {"content": "Add\n\n1+1?"}],
         "\\boxed{2}",
     ),
+    "alpaca beside plain": ({"problem": "1+1?", "instruction": "x", "output": "\\boxed{2}"}, [USER], "\\boxed{2}"),
     "parts": ({"prompt": [USER | {"content": PARTS}], "solution": "\\boxed{2}"}, [USER], "\\boxed{2}"),
     "parts of a trace": ({"messages": [USER, RIGHT | {"content": ["\\boxed", "{2}"]}]}, [USER], "\\boxed{2}"),
     "turns": ({"messages": [*EARLIER, USER, RIGHT]}, [*EARLIER, USER], RIGHT["content"]),
@@ -122,6 +123,7 @@ def test_schemas(name, tmp_path):
     [
         ({"messages": [USER, RIGHT, USER]}, "no solution"),
         ({"messages": [USER, RIGHT | {"content": None, "tool_calls": [{}]}]}, "no solution"),
+        ({"messages": [USER, RIGHT | {"tool_calls": [{}]}]}, "no solution"),
         ({"messages": [RIGHT]}, "no problem"),
         ({"messages": [USER | {"content": ""}, RIGHT]}, "problem with no text or with more than text"),
         ({"messages": [USER | {"content": IMAGE}, RIGHT]}, "problem with no text or with more than text"),
@@ -260,6 +262,17 @@ def test_traces_that_think(template, special, tmp_path):
     assert tokenizer.decode(problem.expert_ids[: common.tokens_before_answer(problem, tokenizer)])[-8:] in "<think>\n"
 
 
+def test_pieces_of_a_trace_do_not_depend_on_how_its_tags_are_tokens():
+    """A tag that is a special token is text to the cuts of BREAD, as one of several tokens is."""
+    pieces = []
+    for special in ((), ("<think>", "</think>")):
+        tokenizer = chat_tokenizer(CHAT, *special)
+        ids = tokenizer("<think>\na\nb\n</think>\nso \\boxed{2}<|im_end|>").input_ids
+        ends = data.episode_ends(common.Problem("a", "", [1], "2", ids), tokenizer)
+        pieces.append([tokenizer.decode(ids[:end]) for end in ends])
+    assert pieces[0] == pieces[1] and len(pieces[0]) == 5
+
+
 # What is asked ------------------------------------------------------------------------------------
 ASKED = {  # template, flags, row: the turns that are asked
     "text": ("chat", {}, "1+1?", [USER | {"content": "1+1?" + BOX_REQUEST}]),
@@ -277,6 +290,7 @@ ASKED = {  # template, flags, row: the turns that are asked
     "empty --system": ("chat", {"system": ""}, [SYSTEM, USER], [USER]),
     "--request around": ("chat", {"request": "Q: {problem} \\boxed{A}"}, "x", [USER | {"content": "Q: x \\boxed{A}"}]),
     "think": ("think", {}, "1+1?", [SYSTEM | {"content": data.THINK_REQUEST}, USER]),
+    "think beside a system turn": ("think", {}, [SYSTEM, USER], [SYSTEM, USER | {"content": "1+1?" + BOX_REQUEST}]),
     "think of a chat row": ("think", {}, [USER], [SYSTEM | {"content": data.THINK_REQUEST}, USER]),
 }
 
