@@ -25,6 +25,7 @@ PANELS = {  # key of metrics.jsonl: axis label; those after entropy are drawn on
     "groups_kept": "groups trained",
     "overlong_penalty": "penalty of length",
     "guided_reward": "reward of guided rows",
+    "test_reward": "reward on the test set",
     "expert_advantage": "advantage of expert rows",
     "expert_probability": "probability of expert tokens",
     "prefix_fraction": "share of the trace in a prefix",
@@ -97,6 +98,7 @@ def main(cfg: Config) -> None:
     runs = [read_metrics(path) for path in cfg.runs]
     present = {key for run in runs for row in run for key in row}
     panels = {key: label for i, (key, label) in enumerate(PANELS.items()) if i < 4 or key in present}
+    panels |= {key: key.replace("_", " ") for key in sorted(present) if key.startswith("reward_")}  # its parts
     rows = (len(panels) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(10, 3 * rows + 0.3 * len(runs)), squeeze=False)
     for axis, (key, label) in zip(axes.flat, panels.items(), strict=False):
@@ -107,7 +109,8 @@ def main(cfg: Config) -> None:
                 axis.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.2, label=folder.name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        if label.startswith(("reward", "test accuracy", "share", "anchor", "probability")):
+        share = label.startswith(("reward", "test accuracy", "share", "anchor", "probability"))
+        if share and 0 <= axis.dataLim.y0 <= axis.dataLim.y1 <= 1:  # a reward of one's own may have any range
             axis.set_ylim(-0.02, 1.02)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")

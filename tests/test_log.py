@@ -1,6 +1,7 @@
 """The headline is of what the policy wrote alone, in every file; what was sampled is counted."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,21 @@ def test_partial_rewards_solve_nothing():
     common.log_rollouts(log, groups)
     assert log.values["groups_mixed"] == [0, 1, 1, 0] and log.values["groups_solved"] == [0, 0, 0, 1]
     assert log.values["groups_failed"] == [1, 1, 0, 0]
+
+
+def test_the_test_set_is_asked_the_same_way_every_time(world):
+    """With one seed that no step has, without prefixes, under the flags of evaluation."""
+    asked = []
+
+    def generate(problems, prefixes, n, max_tokens, temperature, seed):
+        asked.append((len(problems), prefixes, n, max_tokens, temperature, seed))
+        return [[common.Rollout(p, [7], reward=float(i == j)) for j in range(n)] for i, p in enumerate(problems)]
+
+    sampler, problems = SimpleNamespace(generate=generate), [problem("a" * (i + 1)) for i in range(3)]
+    run = common.RunConfig(seed=5, eval_samples=2)
+    cfg = SimpleNamespace(run=run, max_completion_tokens=9, temperature=0.7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "score", lambda groups: {})
+        found = [common.evaluate(sampler, problems, cfg, world) for _ in range(2)]
+    assert found == [{"test_accuracy": pytest.approx(2 / 6)}] * 2
+    assert asked == [(3, None, 2, 9, 0.7, (5, -1))] * 2

@@ -129,6 +129,14 @@ def test_a_run_with_ones_own_reward(own, tmp_path):
     assert 0 <= lines[-1]["test_accuracy"] <= 1
     assert (out / "mine.py").read_text() == FUNCTIONS
     assert json.loads((out / "config.json").read_text())["flags"]["reward"] == source
+    run_script("eval.py", "--model", str(out / "final"), "--data", data, "--samples", "2", "--max_tokens", "20")
+    report = json.loads((out / "final/eval/report.json").read_text())["rows"]
+    assert report["protocol"]["reward"].startswith("parts ") and report["protocol"]["solved"] == 2
+    samples = [json.loads(line) for line in (out / "final/eval/rows.samples.jsonl").read_text().splitlines()]
+    earned = [0.5 * s["reward_digits"] - 2 * s["reward_boxed"] for s in samples]
+    assert [s["reward"] for s in samples] == earned and [s["solved"] for s in samples] == [e >= 2 for e in earned]
+    assert report["result"]["mean_reward"] == pytest.approx(sum(earned) / len(earned))
+    assert report["result"]["avg@2"] == pytest.approx(sum(e >= 2 for e in earned) / len(earned))
 
 
 def test_a_method_file_with_ones_own_reward(tmp_path):
