@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -97,6 +98,21 @@ def test_the_shortest_prefix_in_the_band_is_found():
         assert groups[0][0].num_expert_tokens == 2 * first == len(groups[0][0].completion_ids) - 1
         assert log.values["search_rounds_max"] <= math.ceil(math.log2(K))
         assert len(set(policy.asked[0])) == len(policy.asked[0])
+
+
+@pytest.mark.parametrize("flags", [{}, {"trigger": "always"}, {"stop_on_first": True}])
+def test_credit_for_wrong_rows_changes_no_search(flags, monkeypatch):
+    """Rows that earn 0.9 without being right are asked on, and taken, as rows that earn 0."""
+    curves = [RAMP, [0] * K, [0] * 2 + [4] * (K - 2), [0] * 5 + [N] * (K - 5)]
+    wanted = search(curves, **flags)
+
+    def credited(question, right, prefix=()):
+        ids = [*prefix, 2]
+        return [common.Rollout(question, ids, len(prefix), reward=max(0.9, float(j < right))) for j in range(N)]
+
+    monkeypatch.setattr(sys.modules[__name__], "group_of", credited)
+    found = search(curves, **flags)
+    assert found[0].asked == wanted[0].asked and found[2] == wanted[2]
 
 
 def test_stop_on_first_takes_the_first_mixed_group():
