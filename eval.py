@@ -342,7 +342,10 @@ def show(report: dict[str, dict]) -> None:
     """One table: a benchmark a line."""
     passes = dict.fromkeys(k for entry in report.values() for k in entry["result"] if k.startswith("pass@"))
     keys = ["problems", "score", "interval 95 %", *passes]
-    keys += ["mean_reward", "math_verify", "differ", "truncated", "several_boxes", "mean_tokens", "verifier_errors"]
+    keys += [
+        key for key in ("mean_reward", "math_verify", "differ") if any(key in e["result"] for e in report.values())
+    ]
+    keys += ["truncated", "several_boxes", "mean_tokens", "verifier_errors"]
     rows = [["benchmark", *keys]]
     for name, entry in report.items():
         result = entry["result"]
