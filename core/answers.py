@@ -29,7 +29,6 @@ LATEX = (
 )
 SIGNS = dict(zip("×÷√∛°∞≈±∪∩∈∅≤≥≠·⋅∙∗⁄−–—", LATEX.split("|"), strict=True))
 FONT = r"\\(?:text\w*|math(?:rm|bf|it|sf)|[mhf]box|boxed)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
-SPACE = r"(?:\\[,;:! ]|\\q?quad\b|\\thinspace\b|~|\s)+"
 FUNCTIONS = "pi|ln|log|exp|sqrt|sin|cos|tan|arcsin|arccos|arctan|sinh|cosh|tanh|alpha|beta|theta|lambda|infty"
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 CODES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|Rs|US|CA|AU|HK"
@@ -50,8 +49,6 @@ UNIT = re.compile(
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?: (?:{WORD}|[mgshlLNJWVK])| ?-?(?:{UNITS}))(?![^\W\d_]){POWER}"
     rf"(?:(?: ?(?:/|\\cdot|\*|-) ?| )\(?(?:{WORD}|{UNITS}|per|[mgshlLNJWVKA])(?![^\W\d_]){POWER}\)?)*$"
 )
-
-
 TYPE = (  # how it is set, which holds for words too
     (r"[¼-¾⅐-⅞]", lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))),
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),
@@ -62,7 +59,7 @@ TYPE = (  # how it is set, which holds for words too
     (FONT, r" \1 "),  # one in another
     (r"\\(?:displaystyle|textstyle|(?:left|right|[bB]igg?[lr]?)(?![a-z]))|\\[()\[\]]|(?<!\\)\$", ""),
     (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),  # bold
-    (SPACE, " "),
+    (r"(?:\\[,;:! ]|\\q?quad\b|\\thinspace\b|~|\s)+", " "),
     (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[^.\s]) ?[.。] *$", ""),  # the end of a sentence
 )
@@ -72,7 +69,7 @@ NOTATION = (  # what math-verify reads otherwise, or not at all
     (r" ?\b[Pp]er ?cent(?:age)?\b| ?\bpct\b", r"\\%"),
     (r"^ ?(?:approximately|approx\.?|about|roughly|\\approx) ?", ""),
     # with 1.0, so that it is compared as a decimal
-    (r"(?<![\w\\.])(\d[\d,]*(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?!\w|\.\d)", r"(1.0\\times \1\\times 10^{\2})"),
+    (r"(?<![\w\\.])(?<!\d,)(\d[\d,]*(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?!\w|\.\d)", r"(1.0\\times \1\\times 10^{\2})"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
     (
         r"(?<![\d.,/^_{}\w\\)])(\d{1,20}) (\d{1,20}) ?/ ?(\d{1,20})(?![\d.])",
@@ -200,9 +197,8 @@ def equal_part(gold: str, said: str) -> bool:
     """Whether a part of an answer is that of the gold."""
     if words(gold) is not None:
         return words(gold) == words(said)
-    if re.fullmatch(r"\(?[A-J]\)?", gold):
-        choice = CHOICE.fullmatch(said)
-        return bool(choice) and choice[1] == gold.strip("()")
+    if re.fullmatch(r"\(?[A-J]\)?", gold) and (choice := CHOICE.fullmatch(said)):
+        return choice[1] == gold.strip("()")
     based = [BASED.fullmatch(text) for text in (gold, said)]
     if all(based):
         return len({(number[1].lstrip("0").upper(), number[2]) for number in based}) == 1
@@ -221,13 +217,12 @@ def equal(gold: str, said: str) -> bool:
         return roles(said) == roles(gold)
     gold, said = rewritten(gold, TYPE), rewritten(said, TYPE)
     wanted, left = parts(gold), parts(said)
-    if len(wanted) < 2 or len(left) < 2:  # one may be the set of the other's parts
+    # One part may be the set of the others' parts, which holds nothing twice.
+    if min(len(wanted), len(left)) < 2 and len(set(wanted)) == len(wanted):
         return equal_part(gold, said)
-    if len(wanted) != len(left):
-        return False
     for part in wanted:
         match = next((other for other in left if part == other or equal_part(part, other)), None)
         if match is None:
             return False
         left.remove(match)
-    return True
+    return not left

@@ -155,7 +155,7 @@ def close_verifier() -> None:
 
 def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
     """Whether each gold can be answered: whether its own box is right."""
-    read = [isinstance(answer, dict) or plain_integer(answer.strip()) for answer in answers]
+    read = [not isinstance(answer, str) or plain_integer(answer.strip()) for answer in answers]
     asked = [(answer, answer) for answer, known in zip(answers, read, strict=True) if not known]
     verdicts = iter(in_pool(check_item, asked, time_limit, "reading answers")[0])
     return [known or bool(next(verdicts)) for known in read]
@@ -173,7 +173,7 @@ def verify(
     A box is required. Countdown, equal strings and plain integers are decided here, the rest in
     the pool.
     """
-    scores, asked = [0.0] * len(texts), []
+    scores, asked = [0.0] * len(texts), {}  # asked: by the place of the text
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         boxes = boxed(text) if many_boxes == "zero" else boxed(text)[-1:]
         different = set(boxes)
@@ -185,14 +185,14 @@ def verify(
         elif len(different) > 1:
             lines = [tuple(boxed(line)) for line in LINE_END.split(text)]
             whole = [*chain(*lines)] == boxes  # no box goes over several lines
-            asked.append((i, answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes)))))
+            asked[i] = (answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes))))
         elif box == answer.strip():
             scores[i] = 1.0
         elif plain_integer(box) and plain_integer(answer.strip()):
             scores[i] = float(int(box) == int(answer))
         else:
-            asked.append((i, answer, box))
-    verdicts, errors = in_pool(check_item, [item for _, *item in asked], time_limit, progress)
-    for (i, *_), verdict in zip(asked, verdicts, strict=True):
+            asked[i] = (answer, box)
+    verdicts, errors = in_pool(check_item, [*asked.values()], time_limit, progress)
+    for i, verdict in zip(asked, verdicts, strict=True):
         scores[i] = float(bool(verdict))
     return scores, errors
