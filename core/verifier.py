@@ -24,8 +24,7 @@ BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{
 BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
 LINE_END = re.compile(r"(?<!\\\\)(?<![,&\[$])\n")  # the lines of a display end otherwise
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", "·": "*", "[": "(", "]": ")"}
-LATEX |= dict.fromkeys([r"\left", r"\right", r"\(", r"\)", r"\,", r"\;", r"\!", r"\ ", "$"], "")
+SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "[": "(", "]": ")"}
 FRACTION = r"\\[dtc]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|(\d)(\d))"
 MOST_BOXES = 16  # different ones in a text that are compared; with more it has no answer
 
@@ -64,9 +63,7 @@ def opens(text: str) -> bool:
 
 
 def answer_part(text: str, thinks: bool) -> str:
-    """What is graded: all, or of a thought that prompt or text opens what follows </think>, up to a
-    second one.
-    """
+    """What is graded: all; after a thought, open in prompt or text, what is up to a second one."""
     return (text.split("</think>")[1:] or [""])[0] if thinks or opens(text) else text
 
 
@@ -78,20 +75,19 @@ def plain_integer(text: str) -> bool:
 
 def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     """Whether an equation over + - * / hits the target and uses each number once. Never eval."""
-    for latex, plain in LATEX.items() if len(equation) <= 400 else ():
+    equation = rewritten(equation, TYPE) if len(equation) <= 400 else ""
+    for latex, plain in SIGNS.items():
         equation = equation.replace(latex, plain)
     while re.search(FRACTION, equation):  # innermost first
         equation = re.sub(FRACTION, r"((\1\3)/(\2\4))", equation)
-    sides = [side.strip() for side in equation.rstrip(" .").split("=")]
+    sides = [side.strip() for side in equation.split("=")]
     left = [side for side in sides if side != str(target)] or [str(target)]
     equation = re.sub(r"(?<=[\d)]) *(?=\()", "*", re.sub(r"[{}]", "", left[0]))
     if len(equation) > 200 or len(left) > 1 or not re.fullmatch(r"[0-9+*/() -]+", equation):
         return False  # the characters keep out 0x2C, 4_4 and comments, which Python would read
-    used = []
 
     def walk(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
+        if isinstance(node, ast.Constant):
             return Fraction(node.value)
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
@@ -101,17 +97,17 @@ def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
         value = walk(ast.parse(equation.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False  # not an equation: a wrong answer, not an error of the verifier
-    return value == target and sorted(used) == sorted(nums)
+    return value == target and sorted(map(int, re.findall(r"\d+", equation))) == sorted(nums)
 
 
-def check_item(gold: str, prediction: str | None, *lines: tuple[str, ...]) -> bool:
-    """In a worker: whether a prediction equals the gold, with None whether the gold equals itself.
+def check_item(gold: str, prediction: str, *lines: tuple[str, ...]) -> bool:
+    """In a worker: whether a prediction equals the gold.
 
     Of several boxes, given line by line, all must be equal; k boxes of one line are one answer to
     a gold of k parts.
     """
     if not lines:
-        return equal(gold, gold if prediction is None else prediction)
+        return equal(gold, prediction)
     count, answers = len(parts(rewritten(gold, TYPE))), []
     for boxes in map(dict.fromkeys, lines):
         joined = len(boxes) == count and all(len(parts(rewritten(box, TYPE))) == 1 for box in boxes)
@@ -159,12 +155,10 @@ def close_verifier() -> None:
 
 def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
     """Whether each gold can be answered: whether its own box is right."""
-    asked = [i for i, answer in enumerate(answers) if isinstance(answer, str) and not plain_integer(answer.strip())]
-    verdicts, _ = in_pool(check_item, [(answers[i], None) for i in asked], time_limit, "reading answers")
-    readable = [True] * len(answers)
-    for i, verdict in zip(asked, verdicts, strict=True):
-        readable[i] = bool(verdict)
-    return readable
+    read = [not isinstance(answer, str) or plain_integer(answer.strip()) for answer in answers]
+    asked = [(answer, answer) for answer, known in zip(answers, read, strict=True) if not known]
+    verdicts = iter(in_pool(check_item, asked, time_limit, "reading answers")[0])
+    return [known or bool(next(verdicts)) for known in read]
 
 
 def verify(
@@ -179,7 +173,7 @@ def verify(
     A box is required. Countdown, equal strings and plain integers are decided here, the rest in
     the pool.
     """
-    scores, asked = [0.0] * len(texts), []
+    scores, asked = [0.0] * len(texts), {}  # asked: by the place of the text
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         boxes = boxed(text) if many_boxes == "zero" else boxed(text)[-1:]
         different = set(boxes)
@@ -191,14 +185,14 @@ def verify(
         elif len(different) > 1:
             lines = [tuple(boxed(line)) for line in LINE_END.split(text)]
             whole = [*chain(*lines)] == boxes  # no box goes over several lines
-            asked.append((i, answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes)))))
+            asked[i] = (answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes))))
         elif box == answer.strip():
             scores[i] = 1.0
         elif plain_integer(box) and plain_integer(answer.strip()):
             scores[i] = float(int(box) == int(answer))
         else:
-            asked.append((i, answer, box))
-    verdicts, errors = in_pool(check_item, [item for _, *item in asked], time_limit, progress)
-    for (i, *_), verdict in zip(asked, verdicts, strict=True):
+            asked[i] = (answer, box)
+    verdicts, errors = in_pool(check_item, [*asked.values()], time_limit, progress)
+    for i, verdict in zip(asked, verdicts, strict=True):
         scores[i] = float(bool(verdict))
     return scores, errors
