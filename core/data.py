@@ -59,32 +59,35 @@ def read_rows(names: str, split: str) -> list[tuple[str, dict]]:
     for name in [names] if Path(names).is_file() else filter(None, names.split(",")):
         path = Path(name)
         if path.suffix == ".parquet" and path.is_file():
-            rows = datasets.Dataset.from_parquet(name)
+            rows = enumerate(datasets.Dataset.from_parquet(name), 1)
         elif path.is_file():
             rows = read_json_lines(path)
         else:
-            rows = read_hub(name, split)
-        found += [(f"{name}:{i + 1}", row) for i, row in enumerate(rows)]
+            rows = enumerate(read_hub(name, split), 1)
+        found += [(f"{name}:{i}", row) for i, row in rows]
     return found
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl or .jsonl.gz file. Any other line ends the run with its number.
+def read_json_lines(path: Path) -> list[tuple[int, dict]]:
+    """(line, object) of a .jsonl or .jsonl.gz file. A line that holds anything else ends the run.
 
     Half of a surrogate pair, which no tokenizer takes, becomes the sign for a lost character.
     """
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for i, line in enumerate(file):
             try:
-                row = json.loads(line)
-                if "\\ud" in line.lower():
+                text = line.decode("utf-8-sig").strip()  # without a byte-order mark
+                row = json.loads(text or "null")
+                if "\\ud" in text.lower():
                     row = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(row, ensure_ascii=False)))
-            except json.JSONDecodeError as error:
-                fail(f"{path}:{i + 1} is not a JSON object ({error.msg})")
+            except ValueError as error:  # of the bytes or of the JSON
+                fail(f"{path}:{i + 1} is not a JSON object in UTF-8 ({first_line(error)})")
+            if not text:
+                continue
             if not isinstance(row, dict):
                 fail(f"{path}:{i + 1} is not a JSON object")
-            rows.append(row)
+            rows.append((i + 1, row))
     return rows
 
 
@@ -209,13 +212,23 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
     found |= {field: row.get(column) for field, column in names.items()}
     if isinstance(row.get("reward_model"), dict) and found["answer"] is None:  # verl
         found["answer"] = row["reward_model"].get("ground_truth")
-    meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
-    if {"target", "nums"} <= set(meta) and "answer" not in names:  # Countdown
-        found["answer"] = {"target": meta["target"], "nums": meta["nums"]}
+    places = (found["answer"] or row, row.get("meta")) if "answer" not in names else ()
+    for held in places:  # Countdown
+        numbers = (held.get("nums") or held.get("numbers")) if isinstance(held, dict) else None
+        if numbers and "target" in held:
+            found["answer"] = {"target": held["target"], "nums": [*numbers]}
     if is_chat(found["solution"]):
         found["solution"] = turns(found["solution"])[-1]["content"]
     found = plain_answer(found, "solution" in names)
     return {field: value for field, value in found.items() if value not in (None, "", [])}
+
+
+def try_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
+    """read_fields; of a row whose columns have other types than its schema says only the reason."""
+    try:
+        return read_fields(row, names)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return {"unreadable": f"columns of other types than their schema has ({first_line(error)})"}
 
 
 def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, object]:
@@ -224,6 +237,7 @@ def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, ob
     if "####" in str(answer):  # GSM8K as its authors ship it
         solution = solution if solution_named else answer
         answer = str(answer).split("####")[-1].strip().replace(",", "")
+    answer = None if answer != answer else answer  # JSON's NaN
     if answer is None and isinstance(solution, str):  # MATH
         answer = last_box(solution)
     if isinstance(answer, list):  # OlympiadBench
@@ -538,7 +552,7 @@ def load_problems(
     for column in names.values():
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
-    fields = [read_fields(row, names) for _, row in rows]
+    fields = [try_fields(row, names) for _, row in rows]
     answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
     readable = iter(golds_parse(answers))
     if spoken := sum(map(is_words, answers)):
@@ -579,12 +593,14 @@ def make_problem(
     row: dict, found: dict, answer_ok: bool, asking: Asking, longest: int, needed: tuple[str, ...], checked: bool
 ) -> Problem | str:
     """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
+    if "unreadable" in found:
+        return found["unreadable"]
     if missing := [field for field in needed if field not in found]:
         return f"no {' and no '.join(missing)}"
     if not answer_ok:
         return "answer that the verifier cannot read"
     said, tokenizer, solution = turns(found["problem"]), asking.tokenizer, found.get("solution")
-    if not said or not said[-1]["content"] or any(m["content"] is None for m in said):
+    if not said or not (said[-1]["content"] or "").strip() or any(m["content"] is None for m in said):
         return "problem with no text or with more than text"
     try:
         prompt, prompt_ids = render(said, asking)

@@ -73,6 +73,13 @@ def plain_integer(text: str) -> bool:
     return text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 100
 
 
+def countdown_gold(answer: object) -> bool:
+    """Whether an answer is {"target": whole number, "nums": list of them}."""
+    held = answer if isinstance(answer, dict) else {}
+    numbers = [held.get("target"), *held["nums"]] if isinstance(held.get("nums"), list) else [None]
+    return all(type(number) is int for number in numbers)
+
+
 def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     """Whether an equation over + - * / hits the target and uses each number once. Never eval."""
     equation = rewritten(equation, TYPE) if len(equation) <= 400 else ""
@@ -154,11 +161,12 @@ def close_verifier() -> None:
 
 
 def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
-    """Whether each gold can be answered: whether its own box is right."""
-    read = [not isinstance(answer, str) or plain_integer(answer.strip()) for answer in answers]
-    asked = [(answer, answer) for answer, known in zip(answers, read, strict=True) if not known]
-    verdicts = iter(in_pool(check_item, asked, time_limit, "reading answers")[0])
-    return [known or bool(next(verdicts)) for known in read]
+    """Whether each gold can be answered: whether its own box is right, or it is Countdown's."""
+    read = [countdown_gold(answer) or (isinstance(answer, str) and plain_integer(answer.strip())) for answer in answers]
+    asked = [isinstance(answer, str) and not known for answer, known in zip(answers, read, strict=True)]
+    golds = [(answer, answer) for answer, ask in zip(answers, asked, strict=True) if ask]
+    verdicts = iter(in_pool(check_item, golds, time_limit, "reading answers")[0])
+    return [bool(next(verdicts)) if ask else known for ask, known in zip(asked, read, strict=True)]
 
 
 def verify(

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,71 @@ def test_broken_json_names_file_and_line(tmp_path, tokenizer):
     path.write_text(json.dumps(GOOD) + "\n{broken\n")
     with pytest.raises(SystemExit, match=r"broken.jsonl:2 is not a JSON object"):
         common.load_problems(str(path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"problem": "\xff\xfe", "answer": "2"}', "rows.jsonl:3 is not a JSON object in UTF-8"),
+        (b"[1]", "rows.jsonl:3 is not a JSON object"),
+        (b"", None),
+        (b"   ", None),
+        (b'\xef\xbb\xbf{"problem": "1+1", "answer": "2", "solution": "\\\\boxed{2}", "id": "marked"}', None),
+    ],
+)
+def test_lines_of_a_file(line, said, tmp_path, tokenizer):
+    """Blank lines and a byte-order mark are read; other bytes are a sentence with their place."""
+    path = tmp_path / "rows.jsonl"
+    rows = [GOOD | {"id": None}, GOOD | {"answer": ""}]
+    good = [json.dumps({k: v for k, v in row.items() if v is not None}).encode() for row in rows]
+    path.write_bytes(b"\n".join([*good, line, good[0], b""]))
+    if said:
+        with pytest.raises(SystemExit, match=said):
+            common.load_problems(str(path), tokenizer)
+        return
+    ids = [problem.id for problem in common.load_problems(str(path), tokenizer)]
+    assert ids == (["1", "marked", "4"] if b"marked" in line else ["1", "4"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"problem": value, "answer": "2"} for value in (5, ["a"], {"a": 1}, "  ", "")),
+        *({"messages": value, "answer": "2"} for value in (5, "x", [], [1], [{"content": "a"}])),
+        {"messages": [{"role": "user", "content": 5}], "answer": "2"},
+        {"messages": [{"role": "assistant", "content": "a"}], "answer": "2"},
+        {"conversations": [{"from": 1, "value": 2}], "answer": "2"},
+        {"prompt": 5, "completion": 6, "answer": "2"},
+        {"instruction": 5, "output": 6, "answer": "2"},
+        {"problem": "a", "answer": "2", "generations": ["x"], "correctness_math_verify": 5},
+        {"question": "a", "solution": 5, "thinking_trajectories": [1], "attempt": "x"},
+        *({"problem": "a", "answer": value} for value in ({"x": 1}, math.nan, [], {"target": 1})),
+        {"problem": "a", "meta": {"target": "x", "nums": [1]}},
+        {"problem": "a", "meta": {"target": 5, "nums": "23"}},
+        {"problem": "a", "meta": {"target": 5, "nums": [2, "3"]}},
+        {"problem": "a", "reward_model": {"ground_truth": {"target": 1.5, "numbers": [1, 2]}}},
+    ],
+)
+@pytest.mark.parametrize("expert", [False, True])
+def test_rows_of_other_types_are_counted_drops(row, expert, tmp_path, tokenizer, capsys):
+    """Never a traceback, never a problem that no completion solves."""
+    found = load(tmp_path, [GOOD, row], tokenizer, require_expert=expert)
+    said = capsys.readouterr().out
+    assert len(found) == 1 and re.search(r"1 of 2 rows kept.*; 1 dropped: .* \(first .*:2\)", said), said
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"meta": {"target": 98, "nums": [44, 19, 35]}},
+        {"reward_model": {"ground_truth": {"target": 98, "numbers": [44, 19, 35]}}},
+        {"target": 98, "nums": [44, 19, 35]},
+    ],
+)
+def test_where_countdown_rows_hold_their_numbers(held, tmp_path, tokenizer):
+    """As UFT, TinyZero and its hub data set hold them."""
+    (problem,) = load(tmp_path, [{"problem": "q", **held}], tokenizer, require_expert=False)
+    assert verify(["\\boxed{44 + (19 + 35)}", "\\boxed{98}"], [problem.answer] * 2)[0] == [1.0, 0.0]
 
 
 def test_one_bos_at_most(tokenizer, monkeypatch):
