@@ -3,11 +3,13 @@
 import ast
 import atexit
 import logging
+import math
 import multiprocessing
 import operator
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import chain
@@ -129,7 +131,13 @@ _pool: pebble.ProcessPool | None = None
 _pool_lock = threading.Lock()
 
 
-def in_pool(function: Callable, items: list[tuple], time_limit: float, progress: str = "") -> tuple[list, int]:
+def in_pool(
+    function: Callable,
+    items: list[tuple],
+    time_limit: float,  # seconds of one item
+    progress: str = "",
+    budget: float = math.inf,  # seconds to wait for slow items in all; those behind are given up
+) -> tuple[list, int]:
     """function(*item) of all in worker processes. (results, errors): None for one that died."""
     global _pool
     if not items or multiprocessing.parent_process():  # in a worker, whose time is limited already
@@ -139,14 +147,24 @@ def in_pool(function: Callable, items: list[tuple], time_limit: float, progress:
             fork = multiprocessing.get_context("fork")
             _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork)
         futures = [_pool.schedule(function, args=item, timeout=time_limit) for item in items]
-    results, errors = [], 0
+    results, errors, lost = [], [], 0.0
     for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
-        error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired where it died
-        if error is not None:
-            print0(f"reward error: {first_line(error)}")
-            errors += 1
+        since = time.monotonic()
+        if lost > budget and future.cancel():
+            error = TimeoutError("given up, since items before it took too long")
+        else:
+            error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired if it died
+        lost += waited if (waited := time.monotonic() - since) > 0.5 else 0.0
+        errors += [] if error is None else [first_line(error)]
         results.append(None if error is not None else future.result())
-    return results, errors
+    if errors:
+        print0(f"reward errors: {len(errors)} of {len(items)} items, the first: {errors[0]}")
+    return results, len(errors)
+
+
+def risk(text: str) -> int:
+    """What is verified last: long texts, and powers, factorials and the like that may never end."""
+    return len(text) + 50 * text.count("^") + 100 * len(re.findall(r"!|\\(?:binom|sum|prod|int|lim|zeta)", text))
 
 
 @atexit.register
@@ -200,7 +218,9 @@ def verify(
             scores[i] = float(int(box) == int(answer))
         else:
             asked[i] = (answer, box)
-    verdicts, errors = in_pool(check_item, [*asked.values()], time_limit, progress)
-    for i, verdict in zip(asked, verdicts, strict=True):
+    order = sorted(asked, key=lambda i: risk(asked[i][1]))
+    budget = 10 * max(1, len(asked) / 1000)  # a policy that writes hostile boxes must not stop the run
+    verdicts, errors = in_pool(check_item, [asked[i] for i in order], time_limit, progress, budget)
+    for i, verdict in zip(order, verdicts, strict=True):
         scores[i] = float(bool(verdict))
     return scores, errors

@@ -280,6 +280,22 @@ def test_a_power_tower_does_not_stop_the_next_item():
     assert scores == [0.0, 1.0] and errors <= 1
 
 
+HOSTILE = [r"9^{9^{9^{9}}}", "10000000!", "99999999!!", r"10^{10^{10}}", r"\binom{10^{9}}{10^{8}}", "(" * 1900]
+HOSTILE += ["{" * 990 + "1" + "}" * 990, r"\prod_{n=1}^{1000000} n", "x^{" * 300 + "2" + "}" * 300, "1+" * 900 + "1"]
+
+
+def test_hostile_boxes_do_not_stop_a_step():
+    """200 of 1,000: every right answer is graded, the rest given up in about ten seconds."""
+    texts = [
+        f"\\boxed{{{HOSTILE[i // 5 % len(HOSTILE)]}}}" if i % 5 == 0 else r"\boxed{\frac{2}{4}}" for i in range(1000)
+    ]
+    started = time.monotonic()
+    scores, errors = verify(texts, [r"\frac12"] * 1000)
+    assert scores == [float(i % 5 > 0) for i in range(1000)] and errors > 10
+    assert time.monotonic() - started < 40  # 10 on a machine of its own
+    assert verify([r"\boxed{0.5}"], [r"\frac12"]) == ([1.0], 0)
+
+
 def test_from_a_thread():
     """The verifier works outside the main thread."""
     result = []
