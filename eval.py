@@ -236,7 +236,7 @@ def check_plainly(gold: str, text: str) -> bool:
 def verify_plainly(texts: list[str], golds: list[str | dict]) -> list[float | None]:
     """The second score, for comparison with others; None where the gold is no string."""
     asked = [i for i, gold in enumerate(golds) if isinstance(gold, str)]
-    verdicts, _ = in_pool(check_plainly, [(golds[i], texts[i]) for i in asked], 5.0, "math-verify")
+    verdicts, _ = in_pool(check_plainly, [(golds[i], texts[i]) for i in asked], 5.0, "math-verify", hostile=True)
     given = {i: float(bool(verdict)) for i, verdict in zip(asked, verdicts, strict=True)}
     return [given.get(i) for i in range(len(golds))]
 

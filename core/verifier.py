@@ -131,12 +131,17 @@ _pool: pebble.ProcessPool | None = None
 _pool_lock = threading.Lock()
 
 
+def risk(text: str) -> int:
+    """What is verified last: long texts, and powers, factorials and the like that may never end."""
+    return len(text) + 50 * text.count("^") + 100 * len(re.findall(r"!|\\(?:binom|sum|prod|int|lim|zeta)", text))
+
+
 def in_pool(
     function: Callable,
     items: list[tuple],
     time_limit: float,  # seconds of one item
     progress: str = "",
-    budget: float = math.inf,  # seconds to wait for slow items in all; those behind are given up
+    hostile: bool = False,  # (gold, a policy's text) each: quick ones first, after 10 s of slow ones no more
 ) -> tuple[list, int]:
     """function(*item) of all in worker processes. (results, errors): None for one that died."""
     global _pool
@@ -146,25 +151,24 @@ def in_pool(
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")
             _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork)
-        futures = [_pool.schedule(function, args=item, timeout=time_limit) for item in items]
-    results, errors, lost = [], [], 0.0
-    for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
+        order = sorted(range(len(items)), key=lambda i: risk(items[i][1]) if hostile else i)
+        futures = {i: _pool.schedule(function, args=items[i], timeout=time_limit) for i in order}
+    budget = 10 * max(1, len(items) / 1000) if hostile else math.inf
+    results, errors, lost = [None] * len(items), [], 0.0
+    for i, future in tqdm(futures.items(), desc=progress or "verifying", disable=None, leave=False, delay=2):
         since = time.monotonic()
         if lost > budget and future.cancel():
             error = TimeoutError("given up, since items before it took too long")
         else:
             error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired if it died
         lost += waited if (waited := time.monotonic() - since) > 0.5 else 0.0
-        errors += [] if error is None else [first_line(error)]
-        results.append(None if error is not None else future.result())
+        if error is not None:
+            errors.append(first_line(error))
+        else:
+            results[i] = future.result()
     if errors:
         print0(f"reward errors: {len(errors)} of {len(items)} items, the first: {errors[0]}")
     return results, len(errors)
-
-
-def risk(text: str) -> int:
-    """What is verified last: long texts, and powers, factorials and the like that may never end."""
-    return len(text) + 50 * text.count("^") + 100 * len(re.findall(r"!|\\(?:binom|sum|prod|int|lim|zeta)", text))
 
 
 @atexit.register
@@ -218,9 +222,7 @@ def verify(
             scores[i] = float(int(box) == int(answer))
         else:
             asked[i] = (answer, box)
-    order = sorted(asked, key=lambda i: risk(asked[i][1]))
-    budget = 10 * max(1, len(asked) / 1000)  # a policy that writes hostile boxes must not stop the run
-    verdicts, errors = in_pool(check_item, [asked[i] for i in order], time_limit, progress, budget)
-    for i, verdict in zip(order, verdicts, strict=True):
+    verdicts, errors = in_pool(check_item, [*asked.values()], time_limit, progress, hostile=True)
+    for i, verdict in zip(asked, verdicts, strict=True):
         scores[i] = float(bool(verdict))
     return scores, errors

@@ -128,7 +128,7 @@ def test_one_answer_in_several_boxes(text, gold, expected):
 
 def test_many_boxes_are_not_compared(monkeypatch):
     """A text with more different boxes than an answer needs is wrong at once."""
-    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_: ([True] * len(items), 0))
+    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_, **__: ([True] * len(items), 0))
     texts = ["".join(f"\\boxed{{{i}}}" for i in range(n)) for n in (16, 17, 50000)]
     assert verify([*texts, f"\\boxed{{{'1' * 2001}}}"], ["7"] * 4) == ([1.0, 0.0, 0.0, 0.0], 0)
 
@@ -327,7 +327,7 @@ def test_integers_pay_for_no_process_and_agree_with_math_verify(monkeypatch):
             others = (f"{number}", f"-{number + 1}", f"0{number}", f"{number + 1}", f"{number}00")
             pairs += [(str(number), other) for other in others]
     slow = [verifier.check_item(*pair) for pair in pairs]
-    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_: ([False] * len(items), len(items)))
+    monkeypatch.setattr(verifier, "in_pool", lambda check, items, *_, **__: ([False] * len(items), len(items)))
     scores, asked = verify([f"\\boxed{{{box}}}" for _, box in pairs], [gold for gold, _ in pairs])
     assert asked == 0 and scores == [float(verdict) for verdict in slow]
 
