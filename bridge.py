@@ -24,7 +24,8 @@ One RL step from theta is what the reviewers of v1 and v2 describe. All gradient
 same weights, so the gain compares theta before its joint step with the shadow after its RL step: it
 measures that step, not the help of SFT, as w at the new theta would; which the paper means cannot
 be decided without its text. A shadow that persists drifts off. In the log, surrogate_gain is
-J_RL(theta, w) - J_RL(shadow, w) on the policy's own rollouts, no difference of rewards.
+J_RL(theta, w) - J_RL(shadow, w) on the policy's own rollouts, no difference of rewards; shadow_kl
+and shadow_ratio_max say how far the shadow is.
 
 Departures, and choices where the paper is silent. GRPO is the RL algorithm, without the paper's KL
 to a fixed reference. lam is constant (its appendix; --lam_schedule linear is its method text).

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -379,10 +378,9 @@ def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Pr
     """The problem with the beginning of its trace behind the question, in the user's turn."""
     prompt = problem.prompt or tokenizer.decode(problem.prompt_ids)
     question = cut_control(problem.text.strip(), tokenizer)
-    found = [way for way in (question, unicodedata.normalize("NFC", question)) if way in prompt]
-    if not found:
+    if question not in prompt:
         fail(f"problem {problem.id}: its prompt does not hold the question as it is, so that no hint can follow it")
-    before, question, after = prompt.rpartition(found[0])
+    before, question, after = prompt.rpartition(question)
     text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
     return replace(problem, prompt=text, prompt_ids=encode(text, tokenizer), hinted=True)
 
