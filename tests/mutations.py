@@ -227,7 +227,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/data.py", "*ends, _ = episode_ends(problem, tokenizer)", "ends = episode_ends(problem, tokenizer)"),
     ("core/data.py", "[end for end in ends if end <= limit]", "ends"),
-    ("core/data.py", "starts += [len(solution) - len(rest)] if rest else []", "pass"),
+    ("core/data.py", '[*filter(str.strip, steps), ""]', "filter(str.strip, steps)"),
     (
         "core/sampler.py",
         "torch.log_softmax(logits.float() / (temperature or 1.0), -1)",
