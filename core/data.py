@@ -588,4 +588,4 @@ def unsolved(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
     """Those whose expert trace does not solve them."""
     texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
     grades, _ = grade(problems, texts, progress="checking expert traces")
-    return [p for p, found in zip(problems, grades, strict=True) if found.reward < p.grader.solved]
+    return [p for p, found in zip(problems, grades, strict=True) if not p.grader.solves(found.reward)]
