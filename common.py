@@ -28,6 +28,7 @@ from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
+    checked_sync,
     clip_gradients,
     follow,
     full_tensor,
@@ -110,7 +111,7 @@ class Sampler:
 
     def __init__(self, engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer, self.stop_ids = engine, tokenizer, engine.stop_ids
-        self.sleep, self.sync = engine.sleep, engine.sync  # free the device; take the trained weights (collective)
+        self.sleep, self.sync = engine.sleep, checked_sync(engine)  # free the device; take weights (collective)
 
     def generate(
         self,

@@ -117,14 +117,15 @@ def test_overfit_one_row_reproduces_it_and_stops(tokenizer, world, model_folder)
 
 
 def test_unsupported_attention_is_refused():
-    """A soft cap, and a window that is shorter than a row, are refused and not ignored."""
-    model = random_model("qwen2")
-    layer = model.model.layers[0].self_attn
-    q = k = v = torch.zeros(1, 4, 5, 8)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, softcap=30.0, row_lengths=[5])
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, sliding_window=3, row_lengths=[5])
+    """A mask, borders that are not handed on, and a cap without an eager function."""
+    layer, q = random_model("qwen2").model.layers[0].self_attn, torch.zeros(1, 4, 5, 8)
+    for module, mask, features in (
+        (layer, q, {"row_lengths": [5]}),
+        (layer, None, {}),
+        (torch.nn.Linear(1, 1), None, {"softcap": 30.0, "row_lengths": [5]}),
+    ):
+        with pytest.raises(NotImplementedError, match="mask of its own or no borders of rows"):
+            core_model.packed_attention(module, q, q, q, mask, 1.0, **features)
 
 
 def test_activation_checkpointing_changes_no_gradient(tokenizer, world):
