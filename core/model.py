@@ -42,10 +42,9 @@ def load_config(run: RunConfig) -> transformers.PretrainedConfig:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
-    for part in (config, config.get_text_config()):
-        rates = [name for name, rate in vars(part).items() if isinstance(rate, float)]
-        for name in (name for name in rates if "drop" in name or "jitter" in name):
-            setattr(part, name, 0.0)  # nothing is random but the sampling
+    for part in (config, config.get_text_config()):  # nothing is random but the sampling
+        noise = [k for k, v in vars(part).items() if isinstance(v, float) and ("drop" in k or "jitter" in k)]
+        vars(part).update(dict.fromkeys(noise, 0.0))
     if run.rope_theta:
         if not getattr(config, "rope_parameters", None):
             fail(f"--rope_theta: {config.model_type} has no rotary position embedding")
@@ -84,7 +83,6 @@ def load_policy(run: RunConfig, world: World) -> "Policy":
     return policy
 
 
-# The check at load --------------------------------------------------------------------------------
 LIMITS = {"cpu": 1e-3, "cuda": 0.25}  # nats a token in fp32 and bf16, ten and three times what rounding makes
 
 
@@ -109,12 +107,9 @@ def packed_logprobs(policy: "Policy", rows: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_packing(policy: "Policy", name: str, device: torch.device) -> None:
-    """Two short rows packed, as in training, beside each alone by transformers' own forward, which
-    leaves nothing out and where no row sees another (collective).
-    """
-    model, generator, alone = policy.model, torch.Generator().manual_seed(0), []
-    words = model.config.get_text_config().vocab_size
-    rows = [torch.randint(words, (n,), generator=generator).to(device) for n in (9, 15)]
+    """Two short rows packed, beside each alone by transformers' own forward (collective)."""
+    model, alone = policy.model, []
+    rows = (torch.arange(5, 173, 7, device=device) % model.config.get_text_config().vocab_size).split([9, 15])
     try:
         packed = packed_logprobs(policy, rows)
         policy.eval().unshard()
@@ -138,7 +133,8 @@ def checked_sync(engine) -> Callable:
         engine.sync(weights)
         if isinstance(weights, Policy) and first and first.pop():
             (((ids, sampled),),) = engine.decode([[1, 2, 3, 4]], [[]], 1, 4, 1.0, [0], 1.0)
-            found = packed_logprobs(weights, [next(weights.parameters()).new_tensor([1, 2, 3, 4, *ids]).long()])[3:]
+            row = torch.tensor([1, 2, 3, 4, *ids], device=next(weights.parameters()).device)
+            found = packed_logprobs(weights, [row])[3:]
             judge(found, found.new_tensor(sampled), "sampler and trainer")
 
     return sync
@@ -158,10 +154,8 @@ def packed_attention(
     row_lengths: list[int] | None = None,
     **features: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each row of a packed line: varlen_attn on CUDA, one SDPA per row on a
-    CPU; where a model asks for more (soft caps, sinks), its own eager function per row.
-
-    varlen_attn needs an Ampere card or newer. NotImplementedError where it cannot be right.
+    """Causal attention inside each row: varlen_attn on CUDA (Ampere or newer), SDPA on a CPU, and
+    where a model asks for more (soft caps, sinks) its own eager function; else NotImplementedError.
     """
     ignored = "position_ids use_cache cache_position position_embeddings output_attentions output_router_logits"
     more = [name for name, setting in features.items() if setting is not None and name not in ignored.split()]
@@ -177,10 +171,8 @@ def packed_attention(
         return varlen_attn(q, k, v, *ends, scale=scaling, window_size=seen, enable_gqa=grouped)[None], None
     out = []
     for q, k, v in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True):
-        hidden, size = None, q.shape[2]
-        if more or size > window:
-            hidden = q.new_full((size, size), -torch.inf)
-            hidden = (hidden.triu(1) + hidden.tril(-window))[None, None]
+        full = q.new_full((q.shape[2], q.shape[2]), -torch.inf) if more or q.shape[2] > window else None
+        hidden = None if full is None else (full.triu(1) + full.tril(-window))[None, None]
         out.append(kernel(module, q, k, v, hidden, scaling=scaling, dropout=0.0, **features)[0])
     return torch.cat(out, dim=1), None
 

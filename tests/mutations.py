@@ -28,7 +28,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/data.py": "test_hints test_data test_asking test_pages:uft",
     "core/records.py": "test_log test_methods:saving test_resume test_gradients",
-    "core/model.py": "test_packing test_losses test_sampler test_gradients test_methods:grpo",
+    "core/model.py": "test_packing test_architectures test_losses test_sampler test_gradients test_methods:grpo",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
     "core/config.py": "test_scripts test_defaults: test_skeleton",
@@ -233,6 +233,14 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "torch.log_softmax(logits.float() / (temperature or 1.0), -1)",
         "torch.log_softmax(logits.float(), -1)",
     ),
+    # the check at load, and what architectures ask for
+    ("core/model.py", "    check_packing(policy, run.model, world.device)\n", ""),
+    ("core/model.py", "full.tril(-window)", "full.tril(-window - 1)"),
+    ("core/model.py", '("drop" in k or "jitter" in k)', '("jitter" in k)'),
+    ("core/model.py", '    if rope.get("rope_type") == "longrope":', '    if rope.get("rope_type") == "none":'),
+    ("core/model.py", "logits * self.scale", "logits / self.scale"),
+    ("core/model.py", "self.cap * torch.tanh(logits / self.cap) if self.cap else logits", "logits"),
+    ("core/model.py", 'attention = "eager" if getattr', "attention = None if getattr"),
     ("core/model.py", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
     ("core/verifier.py", "if start > last:", "if start >= 0:"),
     # rewards
