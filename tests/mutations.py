@@ -235,6 +235,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     # the check at load, and what architectures ask for
     ("core/model.py", "    check_packing(policy, run.model, world.device)\n", ""),
+    ("core/processes.py", "        ctypes.CDLL(None).mallopt(-3, 2**23)", "        ctypes.CDLL(None)"),
     ("core/model.py", "full.tril(-window)", "full.tril(-window - 1)"),
     ("core/model.py", '("drop" in k or "jitter" in k)', '("jitter" in k)'),
     ("core/model.py", '    if rope.get("rope_type") == "longrope":', '    if rope.get("rope_type") == "none":'),

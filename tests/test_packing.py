@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import problem, random_model
+from conftest import problem, random_model, run_script
 
 import common
 from core import model as core_model
@@ -165,3 +165,21 @@ def test_a_model_without_rotary_positions_is_refused(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="gpt2 has no rotary position embedding"):
         common.load_model(common.RunConfig(model=str(tmp_path), rope_theta=1e4))
+
+
+FREED = """
+import torch, common
+common.init(0)
+kept, found = [], []
+for _ in range(2):
+    large = [torch.ones(3_000_000) for _ in range(40)]
+    kept.append(torch.ones(500_000))  # on top of the heap
+    del large
+    found.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
+print(found[1] - found[0])
+"""
+
+
+def test_freed_memory_goes_back():
+    """A micro-batch is not kept by the allocator below a small tensor that outlives it."""
+    assert float(run_script("-c", FREED).stdout) < 100
