@@ -101,7 +101,6 @@ def packed_logprobs(policy: "Policy", rows: list[Tensor]) -> Tensor:
     borders = F.pad(torch.tensor(lengths, device=line.device).cumsum(0), (1, 0)).to(torch.int32)
     predict = places[1:].nonzero()[:, 0]
     logprobs, _ = policy(line[None], places[None], borders, lengths, predict, line[predict + 1], 1.0, False)
-    policy.reshard()  # a root stays gathered after a forward without a backward
     return logprobs
 
 
