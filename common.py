@@ -28,6 +28,7 @@ from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
+    checked_sync,
     clip_gradients,
     follow,
     full_tensor,
@@ -110,7 +111,7 @@ class Sampler:
 
     def __init__(self, engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer, self.stop_ids = engine, tokenizer, engine.stop_ids
-        self.sleep, self.sync = engine.sleep, engine.sync  # free the device; take the trained weights (collective)
+        self.sleep, self.sync = engine.sleep, checked_sync(engine)  # free the device; take weights (collective)
 
     def generate(
         self,
@@ -314,11 +315,11 @@ def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", fill
 
 
 def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
-    """Rows by length, filled up to a budget of prompt + completion tokens (collective).
+    """Rows by length, filled up to a budget of prompt + completion tokens, 0: ours (collective).
 
     Every rank gets the same number, some of them fillers; none if no rank has a row.
     """
-    filled, used = [], 0
+    filled, used, max_tokens = [], 0, max_tokens or (2**11 if world.device.type == "cpu" else 2**14)
     for rollout in sorted(rollouts, key=lambda r: len(r.problem.prompt_ids) + len(r.completion_ids)):
         size = len(rollout.problem.prompt_ids) + len(rollout.completion_ids)
         if not filled or used + size > max_tokens:

@@ -41,7 +41,7 @@ class RunConfig:
     # model and memory
     rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
     max_positions: int = 0  # window of the model; 0: its own
-    tokens_per_microbatch: int = 16384  # prompt + completion tokens in one forward; never changes the gradient
+    tokens_per_microbatch: int = 0  # in one forward; never changes the gradient; 0: 16384, and 2048 on a CPU
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, a third more time
     # optimizer
     weight_decay: float = 0.01  # AdamW

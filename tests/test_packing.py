@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import problem, random_model
+from conftest import problem, random_model, run_script
 
 import common
 from core import model as core_model
@@ -117,14 +117,15 @@ def test_overfit_one_row_reproduces_it_and_stops(tokenizer, world, model_folder)
 
 
 def test_unsupported_attention_is_refused():
-    """A soft cap, and a window that is shorter than a row, are refused and not ignored."""
-    model = random_model("qwen2")
-    layer = model.model.layers[0].self_attn
-    q = k = v = torch.zeros(1, 4, 5, 8)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, softcap=30.0, row_lengths=[5])
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, sliding_window=3, row_lengths=[5])
+    """A mask, borders that are not handed on, and a cap without an eager function."""
+    layer, q = random_model("qwen2").model.layers[0].self_attn, torch.zeros(1, 4, 5, 8)
+    for module, mask, features in (
+        (layer, q, {"row_lengths": [5]}),
+        (layer, None, {}),
+        (torch.nn.Linear(1, 1), None, {"softcap": 30.0, "row_lengths": [5]}),
+    ):
+        with pytest.raises(NotImplementedError, match="mask of its own or no borders of rows"):
+            core_model.packed_attention(module, q, q, q, mask, 1.0, **features)
 
 
 def test_activation_checkpointing_changes_no_gradient(tokenizer, world):
@@ -164,3 +165,21 @@ def test_a_model_without_rotary_positions_is_refused(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="gpt2 has no rotary position embedding"):
         common.load_model(common.RunConfig(model=str(tmp_path), rope_theta=1e4))
+
+
+FREED = """
+import torch, common
+common.init(0)
+kept, found = [], []
+for _ in range(2):
+    large = [torch.ones(3_000_000) for _ in range(40)]
+    kept.append(torch.ones(500_000))  # on top of the heap
+    del large
+    found.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
+print(found[1] - found[0])
+"""
+
+
+def test_freed_memory_goes_back():
+    """A micro-batch is not kept by the allocator below a small tensor that outlives it."""
+    assert float(run_script("-c", FREED).stdout) < 100
