@@ -40,7 +40,7 @@ from core.model import (
     shard,
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
-from core.records import RunLog, finish, resume, save
+from core.records import RunLog, agree, finish, resume, save
 from core.rewards import RewardFn, grade, load_grader, math_reward
 from core.verifier import answer_part, boxed, completion_text
 
@@ -51,7 +51,7 @@ def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bo
     grader, test = load_grader(cfg.run, reward_fn), cfg.run.test_data
     train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, grader=grader, **asked(cfg))
     cfg.run = alike(replace(cfg.run, reward=grader.source), train)  # the test is asked so, and final/, eval.py
-    return train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else []
+    return agree(cfg, train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else [])
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -404,7 +404,7 @@ def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: Worl
 
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
-    log.add(**{name: metric / updates for name, metric in metrics.items()}, trained_tokens=batch.completion_mask.sum())
+    log.add(batch.rollouts, **{k: v / updates for k, v in metrics.items()}, trained_tokens=batch.completion_mask.sum())
     gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
     log.add_mean("sampler_ratio", gap.tolist())
     log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())

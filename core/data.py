@@ -20,7 +20,7 @@ import jinja2
 from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
-from core.processes import fail, first_line, print0
+from core.processes import fail, first_line, once, print0
 from core.rewards import VERIFIER, Grader, grade
 from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
@@ -508,10 +508,11 @@ def load_problems(
     needed = ["problem", *["answer"] * graded, *["solution"] * asking.require_expert]
     fields = [try_fields(row, names) for _, row in rows]
     answers = [found.get("answer", "0") if graded else "0" for found in fields]  # 0: nothing to read
+    golds = once(lambda: golds_parse(answers), len(answers))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped = {}, defaultdict(list)  # id: (where, problem), and reason: where
-    for number, ((where, row), found, readable) in enumerate(zip(rows, fields, golds_parse(answers), strict=True), 1):
+    for number, ((where, row), found, readable) in enumerate(zip(rows, fields, golds, strict=True), 1):
         if missing := [field for field in needed if field not in found]:
             problem = found.get("unreadable") or f"no {' and no '.join(missing)}"
         else:
@@ -532,7 +533,7 @@ def load_problems(
         seen = f"; the columns of {rows[0][0]} are {', '.join(rows[0][1])}" if rows else ""
         fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}{seen}")
     first, source = problems[0], asking.grader.source
-    if source and grade([first], [""])[1]:
+    if source and once(lambda: grade([first], [""])[1]):
         fail(f"--reward {source} fails on problem {first.id} and an empty completion, as said above")
     for note, count in Counter(note for problem in problems for note in problem.notes).items():
         print0(f"data {name}: {note % count}")
@@ -587,5 +588,5 @@ def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
 def unsolved(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
     """Those whose expert trace does not solve them."""
     texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
-    grades, _ = grade(problems, texts, progress="checking expert traces")
+    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), len(texts))
     return [p for p, found in zip(problems, grades, strict=True) if not p.grader.solves(found.reward)]

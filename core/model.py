@@ -71,9 +71,20 @@ def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
     options = {"config": config, "dtype": dtype, "attn_implementation": attention}
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
+    except KeyError:  # of a table of its own
+        fail(f"--model {run.model}: {config.model_type} lets nobody replace its attention, so rows cannot be packed")
+    if broken := broken_weight(model):
+        fail(f"--model {run.model}: the weight {broken} in {folder} holds a number that is not finite")
+    return model
+
+
+def broken_weight(model: nn.Module) -> str:
+    """The first weight with a number that is not finite, as far as this rank holds it, or ""."""
+    local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return next((name for name, p in local if not p.isfinite().all()), "")
 
 
 def load_policy(run: RunConfig, world: World) -> "Policy":

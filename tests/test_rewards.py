@@ -171,7 +171,7 @@ def test_rows_without_an_answer(own, tmp_path):
 
 
 def test_a_trace_that_is_solved_but_for_rounding_is_kept(own, tmp_path):
-    """0.7 + 0.2 + 0.1 is a hair below 1; a rollout of that reward is solved, and so is the trace."""
+    """0.7 + 0.2 + 0.1 is a hair below 1; a rollout of that reward is solved, so is the trace."""
     tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"problem": "1+1", "solution": "2"}) + "\n")
     assert len(common.load_problems(str(path), tokenizer, require_expert=True, grader=own("tenths"))) == 1
