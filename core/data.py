@@ -21,7 +21,7 @@ import jinja2
 from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
-from core.processes import fail, first_line, print0
+from core.processes import fail, first_line, once, print0
 from core.rewards import VERIFIER, Grader, grade
 from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
@@ -540,7 +540,7 @@ def load_problems(
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
     answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
-    readable = iter(golds_parse(answers))
+    readable = iter(once(lambda: golds_parse(answers), answers))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped, seen = [], defaultdict(list), set()
@@ -564,7 +564,7 @@ def load_problems(
     if not kept:
         seen = f"; the columns of {rows[0][0]} are {', '.join(rows[0][1])}" if rows else ""
         fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}{seen}")
-    if grader.source and grade([kept[0][-1]], [""])[1]:
+    if grader.source and once(lambda: grade([kept[0][-1]], [""])[1]):
         fail(f"--reward {grader.source} fails on problem {kept[0][-1].id} and an empty completion, as said above")
     print0(f"first prompt: {tokenizer.decode(kept[0][-1].prompt_ids)!r}")
     replaced = sum(any(m["role"] == "system" for m in turns(found["problem"])) for _, _, found, _ in kept)
@@ -615,7 +615,7 @@ def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, lis
     """Those entries whose expert trace solves its problem."""
     problems = [problem for *_, problem in kept]
     texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
-    grades, _ = grade(problems, texts, progress="checking expert traces")
+    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), texts)
     right = [found.reward >= p.grader.solved for p, found in zip(problems, grades, strict=True)]
     for (where, *_), solved in zip(kept, right, strict=True):
         if not solved:

@@ -66,7 +66,15 @@ def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if broken := broken_weight(model):
+        fail(f"--model {run.model}: the weight {broken} in {folder} holds a number that is not finite")
     return model
+
+
+def broken_weight(model: nn.Module) -> str:
+    """The first weight with a number that is not finite, as far as this rank holds it, or ""."""
+    local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return next((name for name, p in local if not p.isfinite().all()), "")
 
 
 def load_policy(run: RunConfig, world: World) -> "Policy":

@@ -2,17 +2,21 @@
 
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ def init(seed: int) -> World:
         torch.set_num_threads(1)  # as torchrun does, so that both give the same numbers
     if not dist.is_initialized():
         store = None if "RANK" in os.environ else dist.HashStore()  # a world of one needs no port
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        patience = timedelta(hours=4)  # ranks wait for rank 0 to check the data, and for the slowest in rollouts
+        ranks = {"rank": rank, "world_size": size, "timeout": patience}
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, **ranks)
     torch.manual_seed(seed)
     return World(rank, size, device)
 
@@ -67,14 +73,54 @@ def gather(values: list, world: World) -> list:
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
+def once(make: Callable[[], T], asked: list | tuple = ()) -> T:
+    """What make returns on rank 0, on every rank: where a clock decides, as in a verdict, they could
+    differ. It ends the run where they ask about other numbers of things (collective).
+    """
+    found: list = [len(asked)] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(found) == 1:
+        return make()
+    dist.all_gather_object(found, len(asked))
+    if len(set(found)) > 1:
+        fail(f"the ranks have {found} problems to check; give all of them the same data files")
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+doing = ["loading", time.perf_counter()]  # what the run does, and since when: set by the log, told to who stops it
+
+
 class StopSignal:
-    """Remembers Ctrl-C and SIGTERM, so that the loop can save and leave between two steps."""
+    """Remembers Ctrl-C and SIGTERM, so that the loop can save and leave between two steps; a second
+    one ends at once.
+
+    They are read in a thread: the main one may stand in a collective, where no handler runs.
+    """
 
     def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(number, lambda *_: setattr(self, "seen", True))
+        self.seen, (self.signals, self.kernel) = False, socket.socketpair()
+        self.kernel.setblocking(False)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            signal.set_wakeup_fd(self.kernel.fileno())
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a worker's signals are not ours
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Say what a first signal waits for; end at another, a second or more later: torchrun hands
+        on what Slurm sends to all.
+        """
+        while True:
+            name, now = signal.Signals(self.signals.recv(1)[0]).name, time.perf_counter()
+            if name in ("SIGTERM", "SIGINT") and not self.seen:
+                self.seen, first = True, now
+                since = f"{doing[0]} since {now - doing[1]:.0f} s"
+                print0(f"{name}: saves and ends after this step, now in {since}; a second signal ends at once")
+            elif name in ("SIGTERM", "SIGINT") and now - first > 1:
+                print0(f"{name} again: ended at once; --resume goes on from the last checkpoint")
+                os._exit(130)
 
     def asked(self, world: World) -> bool:
         """Whether any rank was asked to stop (collective)."""
@@ -89,7 +135,10 @@ def print0(*args: object) -> None:
 
 def fail(sentence: str) -> NoReturn:
     """End the run with one sentence that says what is wrong and where. Raises SystemExit."""
-    raise SystemExit(f"error: {sentence}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    if rank := int(os.environ.get("RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # if rank 0 ends for the same reason, its sentence is enough, and torchrun ends this one
+    raise SystemExit(f"error{f' on rank {rank}' if rank else ''}: {sentence}")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,11 @@
 """What a run leaves: its folder, one line a step, checkpoints that survive a kill, the model."""
 
+import errno
+import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -12,6 +15,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,10 +27,16 @@ import transformers
 from torch import Tensor, nn
 
 from core.config import beside, flat, resolve_model
-from core.model import Policy, Tokenizer, load_config, named_weights
-from core.processes import ROOT, World, fail, print0, shutdown
+from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
+from core.processes import ROOT, World, doing, fail, once, print0, shutdown
 from core.sampler import stop_ids
 
+SIGNS = (  # of a collapse: (value, its healthy range, what it means)
+    ("entropy", 0.01, math.inf, "the policy writes nearly the same whatever is sampled"),
+    ("groups_mixed", 0.05, math.inf, "nearly all groups have equal rewards, from which nothing is learned"),
+    ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
+    ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
+)
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -47,6 +58,9 @@ class RunLog:
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
+        self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
+        self.terms: list[tuple] = []  # of the update at hand: (value, name, rank, ids of the micro-batch)
+        self.recent: list[dict] = []  # the lines of at most five steps
         self.out = open_folder(cfg, script, world)
         if world.rank == 0 and cfg.run.wandb:
             wandb = importlib.import_module("wandb")  # the one optional package
@@ -61,14 +75,46 @@ class RunLog:
         if opened:
             self.seconds[opened] += now - since
         self.open_phase = (name, now)
+        doing[:] = name or "the step's end", now
 
     def set(self, **values: Tensor | float) -> None:
-        """Values of the step that are the same on every rank."""
+        """Values of the step that are the same on every rank; what ends in grad_norm is checked."""
         self.values |= {name: float(value) for name, value in values.items()}
+        for name in (name for name in values if name.endswith("grad_norm") and not self.skip):
+            self.check_update(name, self.values[name])
 
-    def add(self, **terms: Tensor | float) -> None:
-        """Add to the totals of the step, which are reduced over ranks."""
-        combine(self.totals, {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()})
+    def add(self, rows: Iterable = (), **terms: Tensor | float) -> None:
+        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's."""
+        terms = {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
+        combine(self.totals, terms)
+        if rows:
+            ids, self.skip = [row.problem.id for row in rows][:8], False
+            self.terms += [(v, k, self.world.rank, ids) for k, v in terms.items() if k != "trained_tokens"]
+
+    def check_update(self, norm_name: str, norm: float) -> None:
+        """End the run before an update that is not finite, or leave it out (collective)."""
+
+        def size(term: tuple) -> tuple[bool, float]:
+            return not math.isfinite(term[0]), abs(term[0])
+
+        parts: list = [None] * self.world.size
+        mine = [(float(value), *rest) for value, *rest in self.terms]
+        dist.all_gather_object(parts, max(mine, key=size, default=(0.0, "term", self.world.rank, [])))
+        value, name, rank, ids = max(parts, key=size)
+        if math.isfinite(norm + value):
+            return
+        self.skipped, self.skip, most = self.skipped + 1, True, self.cfg.run.skip_nonfinite
+        said = f"step {self.next_step}: {norm_name} {norm:.3g}, largest term {name} {value:.3g} on rank {rank}"
+        said += f" of rows {', '.join(ids)}" if ids else ""
+        if self.skipped > most:
+            fail(f"{said}; the update was not made, nothing was saved (--lr, --grad_clip, --skip_nonfinite {most + 1})")
+        print0(f"{said}; the update is left out, {self.skipped} of --skip_nonfinite {most}")
+
+    def before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Without gradients AdamW moves neither weights nor moments. A hook of every optimizer."""
+        self.terms.clear()
+        if self.skip:
+            optimizer.zero_grad()
 
     def add_mean(self, name: str, values: list[float]) -> None:
         """Add to a mean over all values of step and ranks; without any it is not in the line."""
@@ -82,6 +128,7 @@ class RunLog:
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
         line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
         line |= {name: totals[f"{name}/sum"] / n for name, n in counts.items() if n}
+        line |= {"skipped_nonfinite": self.skipped} if self.skipped else {}
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
         for phase in ("update", "rollouts"):
             if self.seconds.get(phase):
@@ -93,8 +140,19 @@ class RunLog:
         if self.wandb:
             self.wandb.log(line, step=step)
         print0(describe_line(line, self.cfg.steps))
-        for part in (self.totals, self.values, self.seconds, self.samples):
+        self.warn(line)
+        self.next_step = step + 1
+        for part in (self.totals, self.values, self.seconds, self.samples, self.terms):
             part.clear()
+
+    def warn(self, line: dict[str, float]) -> None:
+        """Every five steps, say what their mean has of the signs of a collapse."""
+        self.recent.append(line)
+        for name, low, high, meaning in SIGNS if len(self.recent) == 5 else ():
+            values = [line[name] for line in self.recent if name in line]
+            if values and not low <= sum(values) / len(values) <= high:
+                print0(f"steps up to {line['step']}: {meaning} ({name} {sum(values) / len(values):.3f})")
+        self.recent = self.recent[len(self.recent) // 5 * 5 :]
 
     def reduced(self) -> dict[str, float]:
         """The totals over all ranks (collective)."""
@@ -162,23 +220,60 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 # The folder ---------------------------------------------------------------------------------------
+def agree(cfg, *data: list) -> tuple[list, ...]:
+    """The problems of a run, whose hash it takes; it ends where a rank, or the run that is resumed,
+    has others (collective).
+    """
+    digest, run = hashlib.sha256(), cfg.run
+    for p in chain(*data):
+        digest.update(repr((p.id, p.prompt_ids, p.answer, p.expert_ids)).encode())
+    found: list = [digest.hexdigest()] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(found) > 1:
+        dist.all_gather_object(found, found[0])
+    if len(set(found)) > 1:
+        fail(f"--data {run.data} or --test_data {run.test_data} gives other problems on another rank")
+    if run.data_hash not in ("", found[0]):
+        fail(f"--resume {run.resume} began with other problems than --data {run.data} and --test_data now give")
+    cfg.run = replace(run, data_hash=found[0])
+    return data
+
+
+def take_lock(out: Path) -> str:
+    """Lock a run's folder for the life of this process; or the sentence that says who has it."""
+    path, host, locked = out / "lock", platform.node(), True
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open; of a process that was killed the kernel closes it
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        locked = error.errno not in (errno.EACCES, errno.EAGAIN)  # true of a file system without locks
+    holder = os.read(descriptor, 999).decode()
+    if not locked or holder.partition(" ")[0] not in ("", host):
+        end = f"if that one is gone, remove {path}" if locked else "end that one, or choose another folder"
+        return f"--out {out} is in use on {holder}; {end}"
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{host} by process {os.getpid()} since {time.ctime()}".encode(), 0)
+    return ""
+
+
 def open_folder(cfg: object, script: str, world: World) -> Path:
     """The run's folder, with config.json and a copy of all that runs; no old run is overwritten."""
     name = f"{Path(script).stem}-{Path(cfg.run.model).name}-{time.strftime('%m%d-%H%M%S')}"
     chosen = [cfg.run.out or str(Path("runs") / name)]
     dist.broadcast_object_list(chosen, 0)  # all ranks agree on the time in the name
     out = Path(chosen[0])
-    if not cfg.run.resume and (out / "metrics.jsonl").exists():
-        fail(f"--out {out} already holds a run; continue it with --resume {out} or choose another folder")
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if not cfg.run.resume:
-            own = [Path(cfg.run.reward.rpartition(":")[0])] if cfg.run.reward else []
-            for source in {Path(script).resolve(), ROOT / "common.py", *own}:
-                shutil.copy(source, out / source.name)
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)
-            write_atomic(out / "config.json", json.dumps(describe_run(cfg), indent=1))
+    if taken := once(lambda: take_lock(out)):
+        fail(taken)
+    if not cfg.run.resume and (out / "metrics.jsonl").exists():
+        fail(f"--out {out} already holds a run; continue it with --resume {out} or choose another folder")
+    if world.rank == 0 and not cfg.run.resume:
+        own = [Path(cfg.run.reward.rpartition(":")[0])] if cfg.run.reward else []
+        for source in {Path(script).resolve(), ROOT / "common.py", *own}:
+            shutil.copy(source, out / source.name)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)
+        write_atomic(out / "config.json", json.dumps(describe_run(cfg), indent=1))
     return out
 
 
@@ -225,6 +320,10 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
         return
+    found: list = [""] * log.world.size
+    dist.all_gather_object(found, "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module)))
+    if any(found):
+        fail(f"step {step}: the weight {max(found)} is not finite; no checkpoint was written, the last ones are whole")
     if log.world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -233,7 +332,8 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     dcp.save(collect(stepped), checkpoint_id=partial)  # torch would step an optimizer that has no state yet
     dist.barrier()
     if log.world.rank == 0:
-        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
+        extra |= {"step": step, "skipped": log.skipped, "data": log.cfg.run.data_hash}
+        (partial / "state.json").write_text(json.dumps(extra))
         os.replace(partial, folder)
         for old in complete_checkpoints(log.out)[: -log.cfg.run.keep]:
             shutil.rmtree(old)
@@ -258,6 +358,13 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
             else:
                 sharded.set_model_state_dict(entry, loaded[name])
         extra = json.loads((found[-1] / "state.json").read_text())
+        if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
+            fail(f"{found[-1]} was trained on other problems than --data {log.cfg.run.data} gives")
+    if extra["step"] > log.cfg.steps:
+        fail(f"--resume {log.out}: --steps {log.cfg.steps}, but its last checkpoint is of step {extra['step']}")
+    for entry in (entry for entry in state.values() if isinstance(entry, tuple)):
+        entry[1].register_step_pre_hook(log.before_update)
+    log.next_step, log.skipped = extra["step"], extra.get("skipped", 0)
     if log.cfg.run.resume:
         print0(f"resuming {log.out} at step {extra['step']}{'' if found else ' (it has no checkpoint yet)'}")
         log.rewind(extra["step"])
@@ -276,6 +383,8 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
         print0(f"stopped at step {step}; continue with --resume {log.out}")
+    if log.world.rank == 0:
+        (log.out / "lock").write_text("")  # a run that ended may go on on another host
     shutdown()
 
 
@@ -284,6 +393,8 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
     weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
+    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), ""):
+        fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
     if log.world.rank == 0:
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
