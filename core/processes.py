@@ -74,8 +74,8 @@ def gather(values: list, world: World) -> list:
 
 
 def once(make: Callable[[], T], asked: list | tuple = ()) -> T:
-    """What make returns on rank 0, on every rank: where a clock decides, as in a verdict, they could
-    differ. It ends the run where they ask about other numbers of things (collective).
+    """What make returns on rank 0, on every rank: a verdict, for which a clock counts, could differ.
+    It ends the run where ranks ask about other numbers of things (collective).
     """
     found: list = [len(asked)] * int(os.environ.get("WORLD_SIZE", 1))
     if len(found) == 1:

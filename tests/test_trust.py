@@ -203,7 +203,7 @@ def test_a_folder_has_one_run(run, tmp_path):
     """A second process is refused while the first lives; one that was killed leaves no lock."""
     out = tmp_path / "run"
     shutil.copytree(run / "run", out)
-    first = start("sft.py", "--resume", str(out), "--steps", "10000")
+    first = start("sft.py", "--resume", str(out), "--steps", "10000", "--save_every", "10000")
     try:
         read_until(first, "step    3/")
         second = run_script("sft.py", "--resume", str(out), check=False)

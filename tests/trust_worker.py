@@ -25,5 +25,5 @@ if __name__ == "__main__":
 
     cfg = Config()
     train, _ = common.load_data(cfg, common.load_tokenizer("tiny"), common.math_reward, require_expert=True)
-    print(f"rank {world.rank} has {len(train)} problems {cfg.run.data_hash}", flush=True)
+    print(f"rank {world.rank} has {len(train)} problems {cfg.run.data_hash}\n", end="", flush=True)
     common.shutdown()
