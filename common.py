@@ -47,12 +47,10 @@ from core.verifier import answer_part, boxed, completion_text
 # Problems -----------------------------------------------------------------------------------------
 def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bool = False) -> tuple[list, list]:
     """Training and test Problems of a run; no test problems where --test_data is empty."""
-    grader, name, test = load_grader(cfg.run, reward_fn), cfg.run.test_data, []
+    grader, test = load_grader(cfg.run, reward_fn), cfg.run.test_data
     train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, grader=grader, **asked(cfg))
     cfg.run = alike(replace(cfg.run, reward=grader.source), train)  # the test is asked so, and final/, eval.py
-    if name:
-        test = load_problems(name, tokenizer, split="test", grader=grader, **asked(cfg))
-    return agree(cfg, train, test)
+    return agree(cfg, train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else [])
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -405,8 +403,7 @@ def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: Worl
 
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
-    scaled = {name: metric / updates for name, metric in metrics.items()}
-    log.add(batch.rollouts, **scaled, trained_tokens=batch.completion_mask.sum())
+    log.add(batch.rollouts, **{k: v / updates for k, v in metrics.items()}, trained_tokens=batch.completion_mask.sum())
     gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
     log.add_mean("sampler_ratio", gap.tolist())
     log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())

@@ -94,28 +94,22 @@ def parse(config: type) -> object:
             fail(f"--resume {flags['resume']}: there is no run to resume, {path} is missing")
         saved = json.loads(path.read_text())
         taken = saved["flags"] | {"out": flags["resume"], "resume": flags["resume"]}
-        if (script := Path(saved["argv"][0]).stem) != Path(sys.argv[0]).stem:
+        if (script := Path(saved.get("argv", sys.argv)[0]).stem) != Path(sys.argv[0]).stem:
             fail(f"--resume {flags['resume']} is a run of {script}.py, not of {Path(sys.argv[0]).stem}.py")
     else:
         path = Path(resolve_model(flags["model"])) / "settings.json"
         taken = read_settings(path, Path(sys.argv[0]).stem)
     taken = {k: tuple(v) if isinstance(v, list) else v for k, v in taken.items() if k in flags}
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
-    if flags.get("resume"):
-        describe_changes(cfg, taken)
+    changed = {k: f"--{k} {v!r} instead of {taken[k]!r}" for k, v in flat(cfg).items() if v != taken.get(k, v)}
+    if flags.get("resume") and resolve_model(cfg.run.model) != resolve_model(taken["model"]):
+        fail(f"--resume {flags['resume']}: {changed['model']}; another model needs a run of its own")
+    if flags.get("resume") and changed:
+        print0(f"from now on {', '.join(changed.values())}")
     used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}
     if used and not flags.get("resume"):
         print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v!r}" for k, v in used.items()))
     return cfg
-
-
-def describe_changes(cfg: object, taken: dict[str, object]) -> None:
-    """Print what a resumed run does otherwise than before. Another model ends it."""
-    changed = {k: f"--{k} {v!r} instead of {taken[k]!r}" for k, v in flat(cfg).items() if v != taken.get(k, v)}
-    if "model" in changed and resolve_model(cfg.run.model) != resolve_model(taken["model"]):
-        fail(f"--resume {cfg.run.resume}: {changed['model']}; another model needs a run of its own")
-    if changed:
-        print0(f"from now on {', '.join(changed.values())}")
 
 
 def with_flags(cfg: object, flags: dict[str, object]) -> object:

@@ -540,7 +540,7 @@ def load_problems(
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [read_fields(row, names) for _, row in rows]
     answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
-    readable = iter(once(lambda: golds_parse(answers), answers))
+    readable = iter(once(lambda: golds_parse(answers), len(answers)))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped, seen = [], defaultdict(list), set()
@@ -615,7 +615,7 @@ def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, lis
     """Those entries whose expert trace solves its problem."""
     problems = [problem for *_, problem in kept]
     texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
-    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), texts)
+    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), len(texts))
     right = [found.reward >= p.grader.solved for p, found in zip(problems, grades, strict=True)]
     for (where, *_), solved in zip(kept, right, strict=True):
         if not solved:

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ def init(seed: int) -> World:
         torch.set_num_threads(1)  # as torchrun does, so that both give the same numbers
     if not dist.is_initialized():
         store = None if "RANK" in os.environ else dist.HashStore()  # a world of one needs no port
-        patience = timedelta(hours=4)  # ranks wait for rank 0 to check the data, and for the slowest in rollouts
-        ranks = {"rank": rank, "world_size": size, "timeout": patience}
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, **ranks)
+        wait = timedelta(hours=4)  # for rank 0, which checks the data, and for the slowest in rollouts
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, store=store, rank=rank, world_size=size)
     torch.manual_seed(seed)
     return World(rank, size, device)
 
@@ -73,16 +71,16 @@ def gather(values: list, world: World) -> list:
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
-def once(make: Callable[[], T], asked: list | tuple = ()) -> T:
-    """What make returns on rank 0, on every rank: a verdict, for which a clock counts, could differ.
-    It ends the run where ranks ask about other numbers of things (collective).
+def once(make: Callable[[], object], same: object = None) -> object:
+    """What make returns on rank 0, on every rank: a verdict, for which a clock counts, can differ.
+    It ends the run where the ranks do not give the same to begin with (collective).
     """
-    found: list = [len(asked)] * int(os.environ.get("WORLD_SIZE", 1))
+    found: list = [None] * int(os.environ.get("WORLD_SIZE", 1))
     if len(found) == 1:
         return make()
-    dist.all_gather_object(found, len(asked))
-    if len(set(found)) > 1:
-        fail(f"the ranks have {found} problems to check; give all of them the same data files")
+    dist.all_gather_object(found, same)
+    if found.count(same) < len(found):
+        fail(f"the ranks do not read the same data; give all of them the same files and flags ({found})")
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, 0)
     return found[0]
@@ -137,7 +135,7 @@ def fail(sentence: str) -> NoReturn:
     """End the run with one sentence that says what is wrong and where. Raises SystemExit."""
     if rank := int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)  # if rank 0 ends for the same reason, its sentence is enough, and torchrun ends this one
+        time.sleep(10)  # where rank 0 ends too, its sentence is enough, and torchrun ends this process
     raise SystemExit(f"error{f' on rank {rank}' if rank else ''}: {sentence}")
 
 

@@ -1,6 +1,5 @@
 """What a run leaves: its folder, one line a step, checkpoints that survive a kill, the model."""
 
-import errno
 import fcntl
 import hashlib
 import importlib
@@ -59,7 +58,7 @@ class RunLog:
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
         self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
-        self.terms: list[tuple] = []  # of the update at hand: (value, name, rank, ids of the micro-batch)
+        self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
         self.recent: list[dict] = []  # the lines of at most five steps
         self.out = open_folder(cfg, script, world)
         if world.rank == 0 and cfg.run.wandb:
@@ -83,32 +82,28 @@ class RunLog:
         for name in (name for name in values if name.endswith("grad_norm") and not self.skip):
             self.check_update(name, self.values[name])
 
-    def add(self, rows: Iterable = (), **terms: Tensor | float) -> None:
+    def add(self, rows: list | tuple = (), **terms: Tensor | float) -> None:
         """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's."""
         terms = {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
         combine(self.totals, terms)
         if rows:
-            ids, self.skip = [row.problem.id for row in rows][:8], False
-            self.terms += [(v, k, self.world.rank, ids) for k, v in terms.items() if k != "trained_tokens"]
+            ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
+            self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
 
     def check_update(self, norm_name: str, norm: float) -> None:
         """End the run before an update that is not finite, or leave it out (collective)."""
-
-        def size(term: tuple) -> tuple[bool, float]:
-            return not math.isfinite(term[0]), abs(term[0])
-
+        terms = [(name, float(value), ids) for name, value, ids in self.terms]
+        mine = [(not math.isfinite(v), abs(v), f"{k} {v:.3g} on rank {self.world.rank} of {i}") for k, v, i in terms]
         parts: list = [None] * self.world.size
-        mine = [(float(value), *rest) for value, *rest in self.terms]
-        dist.all_gather_object(parts, max(mine, key=size, default=(0.0, "term", self.world.rank, [])))
-        value, name, rank, ids = max(parts, key=size)
-        if math.isfinite(norm + value):
+        dist.all_gather_object(parts, max(mine, default=(False, 0.0, "not known")))
+        bad, _, largest = max(parts)
+        if math.isfinite(norm) and not bad:
             return
         self.skipped, self.skip, most = self.skipped + 1, True, self.cfg.run.skip_nonfinite
-        said = f"step {self.next_step}: {norm_name} {norm:.3g}, largest term {name} {value:.3g} on rank {rank}"
-        said += f" of rows {', '.join(ids)}" if ids else ""
+        said = f"step {self.next_step}: {norm_name} {norm:.3g}, largest term {largest}; the update was not made"
         if self.skipped > most:
-            fail(f"{said}; the update was not made, nothing was saved (--lr, --grad_clip, --skip_nonfinite {most + 1})")
-        print0(f"{said}; the update is left out, {self.skipped} of --skip_nonfinite {most}")
+            fail(f"{said} and nothing saved: lower --lr, or leave such updates out with --skip_nonfinite {most + 1}")
+        print0(f"{said} ({self.skipped} of --skip_nonfinite {most})")
 
     def before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Without gradients AdamW moves neither weights nor moments. A hook of every optimizer."""
@@ -221,20 +216,16 @@ def peak_memory_mb(device: torch.device) -> float:
 
 # The folder ---------------------------------------------------------------------------------------
 def agree(cfg, *data: list) -> tuple[list, ...]:
-    """The problems of a run, whose hash it takes; it ends where a rank, or the run that is resumed,
-    has others (collective).
+    """The problems of a run, which takes their hash; it ends where another rank has others, or the
+    run that is resumed had (collective).
     """
     digest, run = hashlib.sha256(), cfg.run
     for p in chain(*data):
         digest.update(repr((p.id, p.prompt_ids, p.answer, p.expert_ids)).encode())
-    found: list = [digest.hexdigest()] * int(os.environ.get("WORLD_SIZE", 1))
-    if len(found) > 1:
-        dist.all_gather_object(found, found[0])
-    if len(set(found)) > 1:
-        fail(f"--data {run.data} or --test_data {run.test_data} gives other problems on another rank")
-    if run.data_hash not in ("", found[0]):
+    found = once(digest.hexdigest, digest.hexdigest())
+    if run.data_hash not in ("", found):
         fail(f"--resume {run.resume} began with other problems than --data {run.data} and --test_data now give")
-    cfg.run = replace(run, data_hash=found[0])
+    cfg.run = replace(run, data_hash=found)
     return data
 
 
@@ -244,8 +235,10 @@ def take_lock(out: Path) -> str:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open; of a process that was killed the kernel closes it
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        locked = error.errno not in (errno.EACCES, errno.EAGAIN)  # true of a file system without locks
+    except (BlockingIOError, PermissionError):
+        locked = False
+    except OSError:
+        pass  # a file system without locks
     holder = os.read(descriptor, 999).decode()
     if not locked or holder.partition(" ")[0] not in ("", host):
         end = f"if that one is gone, remove {path}" if locked else "end that one, or choose another folder"

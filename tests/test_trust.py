@@ -64,7 +64,7 @@ def blow_up(method: str, out: Path, *flags: object) -> None:
 @pytest.mark.parametrize(("method", "flags"), [("sft", []), ("hpt", [*GROUPS, "--skip_above", "1e9"])])
 def test_an_update_that_is_not_finite_ends_the_run(method, flags, tmp_path, world, capsys):
     """With step, rank, rows and term; the checkpoints before it stay and no model is exported."""
-    said = r"step 2: grad_norm (nan|inf), largest term loss (nan|inf|-inf) on rank 0 of rows \S+, .*--skip_nonfinite 1"
+    said = r"step 2: grad_norm (nan|inf), largest term loss (nan|inf|-inf) on rank 0 of rows \S+, .*; the update was"
     with pytest.raises(SystemExit, match=said):
         blow_up(method, tmp_path, *flags)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000001", "00000002"]
@@ -75,7 +75,7 @@ def test_an_update_that_is_not_finite_can_be_left_out(tmp_path, world, capsys):
     """It is counted, and the weights, the moments and their clock are as if it had not come."""
     blow_up("sft", tmp_path, "--skip_nonfinite", 1)
     printed = capsys.readouterr().out
-    assert "left out, 1 of --skip_nonfinite 1" in printed
+    assert "the update was not made (1 of --skip_nonfinite 1)" in printed
     counts = [row.get("skipped_nonfinite", 0) for row in read_metrics(tmp_path)[:4]]
     assert counts == [0, 0, 1, 1]
     state = json.loads((tmp_path / "checkpoints/00000004/state.json").read_text())
@@ -127,8 +127,8 @@ def test_ranks_train_on_the_same_problems():
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("fewer", "error: the ranks have [512, 511] problems to check; give all of them the same data files"),
-        ("other", "error: --data tiny/train.jsonl or --test_data  gives other problems on another rank"),
+        ("fewer", "error: the ranks do not read the same data; give all of them the same files and flags ([512, 511])"),
+        ("other", "error: the ranks do not read the same data; give all of them the same files and flags (['"),
     ],
 )
 def test_ranks_with_other_problems_end(fault, said):
@@ -276,9 +276,12 @@ def test_torchrun_saves_at_one_signal(tmp_path):
 
 # Collapse -----------------------------------------------------------------------------------------
 def test_a_collapse_is_said_within_ten_steps(tmp_path, world, capsys):
-    """A learning rate a thousand times too high: the signs are in the log in words."""
-    flags = "--problems_per_step 8 --group_size 4 --max_completion_tokens 40 --steps 10".split()
-    train("grpo", "--model", "tiny", "--test_data=", *flags, "--lr", "0.3", "--out", tmp_path)
+    """A reward for sevens, at a high learning rate: the policy writes nothing else, without end."""
+    (tmp_path / "sevens.py").write_text("def sevens(problem, completion):\n    return completion.count('7')\n")
+    flags = "--problems_per_step 8 --group_size 4 --max_completion_tokens 40 --steps 10 --lr 0.003".split()
+    reward = ["--reward", f"{tmp_path / 'sevens.py'}:sevens", "--solved", 1e9]
+    train("grpo", "--model", "tiny", "--test_data=", *flags, *reward, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    print(printed)
-    assert re.search(r"steps up to \d: nearly all groups have equal rewards", printed)
+    said = re.findall(r"steps up to (\d): (.*) \((\w+) ([\d.]+)\)", printed)
+    names = {name for _, _, name, _ in said}
+    assert {"truncated", "entropy", "groups_mixed"} <= names, printed
