@@ -325,8 +325,8 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     dcp.save(collect(stepped), checkpoint_id=partial)  # torch would step an optimizer that has no state yet
     dist.barrier()
     if log.world.rank == 0:
-        extra |= {"step": step, "skipped": log.skipped, "data": log.cfg.run.data_hash}
-        (partial / "state.json").write_text(json.dumps(extra))
+        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
+        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
         os.replace(partial, folder)
         for old in complete_checkpoints(log.out)[: -log.cfg.run.keep]:
             shutil.rmtree(old)

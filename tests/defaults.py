@@ -35,6 +35,8 @@ eval_samples = 1 | ours
 save_every = 50 | ours
 keep = 2 | ours: a torn disk leaves one
 wandb = False | ours
+skip_nonfinite = 0 | an update that is not finite ends the run
+data_hash = '' | no flag: what load_data finds
 """
 
 GRPO = """

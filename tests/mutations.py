@@ -27,12 +27,13 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/data.py": "test_hints test_data test_asking test_pages:uft",
-    "core/records.py": "test_log test_methods:saving test_resume test_gradients",
-    "core/model.py": "test_packing test_losses test_sampler test_gradients test_methods:grpo",
+    "core/records.py": "test_log test_trust:finite-or-move-or-collapse test_methods:saving test_trust test_resume "
+    "test_gradients",
+    "core/model.py": "test_trust:nan test_packing test_losses test_sampler test_gradients test_methods:grpo",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_scripts test_defaults: test_skeleton",
-    "core/processes.py": "test_packing test_gradients test_method_updates:grpo-or-two_ranks test_resume",
+    "core/config.py": "test_scripts test_trust:resume test_defaults: test_skeleton",
+    "core/processes.py": "test_packing test_gradients test_method_updates:grpo-or-two_ranks test_trust test_resume",
     "core/verifier.py": "test_verifier test_data",
     "core/answers.py": "test_verifier",
     "eval.py": "test_eval",
@@ -243,6 +244,15 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("common.py", "self.problem.grader.solved - 1e-6", "1 - 1e-6"),
     ("core/rewards.py", "float(weight) * float(value)", "float(value)"),
     ("core/rewards.py", "Grade(0.0) if result is None", "Grade(1.0) if result is None"),
+    # what cannot be right
+    ("core/model.py", 'if not p.isfinite().all()), "")', 'if False), "")'),
+    ("core/records.py", "if math.isfinite(norm) and not bad:", "if not bad:"),
+    ("core/records.py", "            optimizer.zero_grad()\n", "            pass\n"),
+    ("core/records.py", 'if run.data_hash not in ("", found):', "if False:"),
+    ("core/records.py", 'holder.partition(" ")[0] not in ("", host)', "False"),
+    ("core/records.py", "not low <= sum(values) / len(values) <= high", "False"),
+    ("core/processes.py", "found = [make() if dist.get_rank() == 0 else None]", "found = [make()]; return found[0]"),
+    ("core/processes.py", "os._exit(130)", "pass"),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),
