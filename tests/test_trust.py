@@ -45,8 +45,8 @@ def test_a_model_with_a_nan_is_refused(tmp_path):
         common.load_model(common.RunConfig(model=str(spoiled(tmp_path))))
 
 
-def blow_up(method: str, out: Path, *flags: object) -> None:
-    """Train where the loss of the third update's row of rank 0 is infinite."""
+def blow_up(method: str, out: Path, *flags: object, logged: bool = True) -> None:
+    """Train where the third micro-batch has an infinite gradient, and loss if it is to be seen."""
     module, calls = importlib.import_module(method), []
     whole = module.loss_fn
 
@@ -54,7 +54,7 @@ def blow_up(method: str, out: Path, *flags: object) -> None:
         loss, metrics = whole(cfg, batch, *args)
         calls.append(batch)
         factor = float("inf") if len(calls) == 3 else 1.0
-        return loss * factor, metrics | {"loss": metrics["loss"] * factor}
+        return loss * factor, metrics | {"loss": metrics["loss"] * (factor if logged else 1.0)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "loss_fn", loss_fn)
@@ -69,6 +69,12 @@ def test_an_update_that_is_not_finite_ends_the_run(method, flags, tmp_path, worl
         blow_up(method, tmp_path, *flags)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000001", "00000002"]
     assert len(read_metrics(tmp_path)) == 2 and not (tmp_path / "final").exists()
+
+
+def test_a_gradient_alone_that_is_not_finite_ends_the_run(tmp_path, world):
+    """Where every term is finite, the largest is named."""
+    with pytest.raises(SystemExit, match=r"step 2: grad_norm (nan|inf), largest term \w+ [\d.+-]+ on rank 0 of rows"):
+        blow_up("sft", tmp_path, logged=False)
 
 
 def test_an_update_that_is_not_finite_can_be_left_out(tmp_path, world, capsys):
