@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,7 +26,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model folder or hub name; it must know its EOS token."""
     folder = resolve_model(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"--model {name}: no tokenizer could be loaded from {folder} ({first_line(error)})")
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
@@ -37,7 +38,7 @@ def load_config(run: RunConfig) -> transformers.PretrainedConfig:
     """The model's config, with the rotary base and window of the flags; `final/` keeps both."""
     folder = resolve_model(run.model)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, attention_dropout=0.0)
+        config = transformers.AutoConfig.from_pretrained(folder, attention_dropout=0.0, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     if run.rope_theta:
@@ -58,10 +59,11 @@ def window(run: RunConfig) -> float:
 
 def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:
     """A Hugging Face causal LM on the CPU, dropout off."""
-    folder, options = resolve_model(run.model), {"dtype": dtype, "attn_implementation": attention}
+    folder = resolve_model(run.model)  # of which nothing is run, neither pickle nor code
+    options = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": False}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=load_config(run), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
