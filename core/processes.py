@@ -142,7 +142,7 @@ def fail(sentence: str) -> NoReturn:
 
 
 def explain(kind: type, error: BaseException, trace: object) -> None:
-    """One sentence in place of the traceback where memory, the disk or a package is missing."""
+    """One sentence in place of a traceback where memory, disk, a package or another rank is missing."""
     said = first_line(error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
         update = "--tokens_per_microbatch, add --checkpoint_activations"
@@ -151,6 +151,8 @@ def explain(kind: type, error: BaseException, trace: object) -> None:
         said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"
     elif issubclass(kind, ModuleNotFoundError):
         said += f"; pip install {error.name}"
+    elif isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        said = "the connection to another rank is lost; that rank says why"
     elif not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, trace)
     fail(f"in {doing[0]}: {said}")

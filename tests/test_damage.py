@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, random_model, read_metrics, run_script
+from conftest import ROOT, byte_tokenizer, random_model, read_metrics, run_script, train
 from test_trust import QUICK, ends_with
 
 import common
@@ -174,14 +174,16 @@ FILES = {  # a damaged file of a run: the sentence
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_a_damaged_file_of_a_run(what, whole, tmp_path):
-    """One sentence names it, and nothing is written over."""
+def test_a_damaged_file_of_a_run(what, whole, tmp_path, world):
+    """One sentence names it, and it is not written over."""
     damage, said = FILES[what]
     out = copy(whole, tmp_path, damage)
-    before = {p: p.read_bytes() for p in out.rglob("*.json*")}
-    done = run_script("sft.py", "--resume", str(out), "--steps", "5", check=False)
-    ends_with(done, f"{out}/{said}", "put a whole copy in its place")
-    assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
+    path = out / re.match(r"[\w.]+", said)[0]
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        train("sft", "--resume", out, "--steps", "5")
+    assert str(ended.value).startswith(f"error: {out}/{said}") and "put a whole copy in" in str(ended.value)
+    assert path.read_bytes() == before
 
 
 def test_a_last_line_cut_short_is_dropped(whole, tmp_path):
@@ -233,9 +235,9 @@ def test_weights_are_read_from_safetensors_alone(tmp_path):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for load in (common.load_model, lambda run: common.load_tokenizer(run.model)):
-        with pytest.raises(SystemExit, match=r"error: --model \S+: no (model|tokenizer) could be loaded from"):
-            load(run)
+    with pytest.raises(SystemExit, match=r"error: --model \S+: no model could be loaded from .*custom code"):
+        common.load_model(run)
+    common.load_tokenizer(run.model)
     assert not (tmp_path / "ran").exists()
     source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("core/*.py")])
     assert set(re.findall(r"trust_remote_code\W*(\w+)", source)) == {"False"}
@@ -283,17 +285,14 @@ def test_a_full_disk_while_the_log_is_written(whole, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_folder_that_cannot_be_written(nproc, tmp_path):
+@pytest.mark.parametrize(("name", "nproc"), [("file", 2), ("file/run", 1), ("/proc/run", 1)])
+def test_a_folder_that_cannot_be_written(name, nproc, tmp_path):
     """A file where the folder should be, and a place where nobody may write."""
     (tmp_path / "file").write_text("")
-    for out, said in {
-        str(tmp_path / "file"): "FileExistsError: ",
-        str(tmp_path / "file/run"): "NotADirectoryError: ",
-        "/proc/run": "FileNotFoundError: ",
-    }.items():
-        done = run_script("sft.py", *FLAGS, "--out", out, check=False, nproc=nproc)
-        ends_with(done, f"error: in opening --out {out}: {said}", f"'{out}'")
+    said = {"file": "FileExistsError: ", "file/run": "NotADirectoryError: ", "/proc/run": "FileNotFoundError: "}[name]
+    out = str(tmp_path / name)
+    done = run_script("sft.py", *FLAGS, "--out", out, check=False, nproc=nproc)
+    ends_with(done, f"error: in opening --out {out}: {said}", f"'{out}'")
 
 
 def test_wandb_that_is_not_installed(tmp_path):
