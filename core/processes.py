@@ -142,7 +142,7 @@ def fail(sentence: str) -> NoReturn:
 
 
 def explain(kind: type, error: BaseException, trace: object) -> None:
-    """One sentence in place of a traceback where memory, disk, a package or another rank is missing."""
+    """One sentence for a traceback where memory, disk, a package or another rank is missing."""
     said = first_line(error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
         update = "--tokens_per_microbatch, add --checkpoint_activations"
