@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from core.processes import ROOT, fail, print0
+from core.processes import ROOT, fail, first_line, print0
 
 BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -92,7 +92,7 @@ def parse(config: type) -> object:
         path = Path(flags["resume"]) / "config.json"
         if not path.is_file():
             fail(f"--resume {flags['resume']}: there is no run to resume, {path} is missing")
-        saved = json.loads(path.read_text())
+        saved = read_json(path.read_bytes(), path, "flags")
         taken = saved["flags"] | {"out": flags["resume"], "resume": flags["resume"]}
         if (script := Path(saved.get("argv", sys.argv)[0]).stem) != Path(sys.argv[0]).stem:
             fail(f"--resume {flags['resume']} is a run of {script}.py, not of {Path(sys.argv[0]).stem}.py")
@@ -122,9 +122,18 @@ def with_flags(cfg: object, flags: dict[str, object]) -> object:
 
 def read_settings(path: Path, script: str) -> dict[str, object]:
     """A model folder's settings.json; the section of the script's name wins; empty without one."""
-    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = read_json(path.read_bytes(), path) if path.is_file() else {}
     settings |= settings.pop(script, {})
     return settings | {k: beside(path, settings[k]) for k in ("data", "test_data", "reward") if k in settings}
+
+
+def read_json(text: bytes, place: object, *names: str) -> dict:
+    """A JSON object that has these names; anything else ends the run."""
+    try:
+        found = json.loads(text)
+        return found | {name: found[name] for name in names}
+    except (ValueError, TypeError, KeyError) as error:
+        fail(f"{place} is damaged ({first_line(error)}): take it out, or put a whole copy in its place")
 
 
 def beside(path: Path, names: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,7 +28,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model folder or hub name; it must know its EOS token."""
     folder = resolve_model(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"--model {name}: no tokenizer could be loaded from {folder} ({first_line(error)})")
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
@@ -39,7 +40,7 @@ def load_config(run: RunConfig) -> transformers.PretrainedConfig:
     """The model's config, with the rotary base and window of the flags; `final/` keeps both."""
     folder = resolve_model(run.model)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     for part in (config, config.get_text_config()):  # nothing is random but the sampling
@@ -70,9 +71,10 @@ def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -
     if attention == "sdpa":  # which would leave out a soft cap without a word
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
     options = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     except KeyError:  # of a table of its own
         fail(f"--model {run.model}: {config.model_type} lets nobody replace its attention, so rows cannot be packed")

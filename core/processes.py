@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def init(seed: int) -> World:
         wait = timedelta(hours=4)  # for rank 0, which checks the data, and for the slowest in rollouts
         dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, store=store, rank=rank, world_size=size)
     torch.manual_seed(seed)
+    sys.excepthook = explain
     return World(rank, size, device)
 
 
@@ -140,6 +142,23 @@ def fail(sentence: str) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # where rank 0 ends too, its sentence is enough, and torchrun ends this process
     raise SystemExit(f"error{f' on rank {rank}' if rank else ''}: {sentence}")
+
+
+def explain(kind: type, error: BaseException, trace: object) -> None:
+    """One sentence for a traceback where memory, disk, a package or another rank is missing."""
+    said = first_line(error)
+    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+        update = "--tokens_per_microbatch, add --checkpoint_activations"
+        said += f"; lower {update if doing[0] in ('update', 'sft') else '--sampler_memory'} or use more GPUs"
+    elif any(s in str(error) for s in ("No space left", "Disk quota", "File too large", "inline_container")):
+        said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"
+    elif issubclass(kind, ModuleNotFoundError):
+        said += f"; pip install {error.name}"
+    elif isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        said = "the connection to another rank is lost; that rank says why"
+    elif not issubclass(kind, OSError):
+        return sys.__excepthook__(kind, error, trace)
+    fail(f"in {doing[0]}: {said}")
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -25,9 +27,9 @@ import torch.distributed.checkpoint.state_dict as sharded
 import transformers
 from torch import Tensor, nn
 
-from core.config import beside, flat, resolve_model
+from core.config import beside, flat, read_json, resolve_model
 from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
-from core.processes import ROOT, World, doing, fail, once, print0, shutdown
+from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
 
 SIGNS = (  # of a collapse: (value, its healthy range, what it means)
@@ -36,6 +38,8 @@ SIGNS = (  # of a collapse: (value, its healthy range, what it means)
     ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
     ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
 )
+LISTED = "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata Size "
+LISTED += "TensorProperties _MEM_FORMAT_ENCODING _StorageInfo _get_layout PosixPath float32 float64 bfloat16 int64"
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -175,8 +179,12 @@ class RunLog:
         for name in ("metrics.jsonl", "samples.jsonl") if self.world.rank == 0 else ():
             path = self.out / name
             if path.exists():
-                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] < step))
+                *lines, cut = path.read_bytes().split(b"\n")
+                if cut:
+                    print0(f"{path}: the last line, which a kill cut short, is dropped")
+                steps = [read_json(line, f"{path}:{n}", "step")["step"] for n, line in enumerate(lines, 1)]
+                kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at < step]
+                write_atomic(path, b"".join(kept).decode())
 
 
 def combine(totals: dict, terms: dict) -> None:
@@ -255,6 +263,7 @@ def open_folder(cfg: object, script: str, world: World) -> Path:
     dist.broadcast_object_list(chosen, 0)  # all ranks agree on the time in the name
     out = Path(chosen[0])
     if world.rank == 0:
+        doing[0] = f"opening --out {out}"
         out.mkdir(parents=True, exist_ok=True)
     if taken := once(lambda: take_lock(out)):
         fail(taken)
@@ -301,7 +310,51 @@ def collect(state: State) -> dict[str, dict]:
 
 def complete_checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run that were written to their end, oldest first."""
-    return sorted(f for f in (out / "checkpoints").glob("*") if f.suffix != ".partial")
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
+
+
+class TensorList(pickle.Unpickler):
+    """Reads .metadata, torch's list of the tensors in a checkpoint, which is a pickle."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """What a name of the file stands for, where such a list has it."""
+        if module.partition(".")[0] in ("torch", "pathlib") and name in LISTED.split():
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not of a checkpoint")
+
+
+def fingerprints(folder: Path, world: World) -> dict[str, list]:
+    """Size and sha256 of the files of a checkpoint, each read by one of the ranks (collective)."""
+    names, mine = once(lambda: sorted(f.name for f in folder.iterdir() if f.name != "manifest.json")), []
+    for name in names[world.rank :: world.size]:
+        with open(folder / name, "rb") as file:
+            mine.append([os.stat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()])
+    return dict(zip(names, gather(mine, world), strict=True))
+
+
+def damage(folder: Path, found: dict[str, list]) -> str:
+    """What is wrong with a checkpoint of these files, by its manifest and .metadata, or ""."""
+    path = folder / "manifest.json"
+    try:
+        written, path = json.loads(path.read_text()), folder / ".metadata"
+        wrong = [n for n in (".metadata", "state.json", *written) if found.get(n) != written.get(n)]
+        parts = TensorList(path.open("rb")).load().storage_data.values()
+        wrong += [p.relative_path for p in parts if found.get(p.relative_path, [0])[0] < p.offset + p.length]
+    except Exception as error:  # whatever a damaged pickle leads to
+        return f"{path} is damaged ({first_line(error)})"
+    return f"{folder / wrong[0]} is missing or not as it was written" if wrong else ""
+
+
+def newest_whole(log: RunLog) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are set aside (collective)."""
+    for folder in reversed(once(lambda: complete_checkpoints(log.out))):
+        if not (wrong := once(partial(damage, folder, fingerprints(folder, log.world)))):
+            return folder
+        aside = once(partial(folder.rename, f"{folder}.damaged-{time.time():.0f}"))
+        print0(f"{wrong}; the checkpoint is set aside as {aside}, the next older one is tried")
+    if once(lambda: any((log.out / "checkpoints").glob("*.damaged-*"))):
+        fail(f"--resume {log.out}: none of its checkpoints is whole; begin again with another --out")
+    return None
 
 
 def save(log: RunLog, step: int, state: State, **extra: object) -> None:
@@ -310,24 +363,28 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     step is the next step to run; extra is the method's own state, as JSON.
     """
     folder = log.out / "checkpoints" / f"{step:08d}"
-    partial = folder.with_name(folder.name + ".partial")
+    aside = folder.with_name(folder.name + ".partial")
     if folder.exists():
         return
+    log.phase("saving")
     found: list = [""] * log.world.size
     dist.all_gather_object(found, "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module)))
     if any(found):
         fail(f"step {step}: the weight {max(found)} is not finite; no checkpoint was written, the last ones are whole")
     if log.world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
+        (aside / "state.json").write_text(json.dumps({"step": step, **extra}))
     dist.barrier()
     stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
-    dcp.save(collect(stepped), checkpoint_id=partial)  # torch would step an optimizer that has no state yet
-    dist.barrier()
+    dcp.save(collect(stepped), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
+    found = fingerprints(aside, log.world)
+    once(lambda: (aside / "manifest.json").write_text(json.dumps(found)))
+    if wrong := once(lambda: damage(aside, found)):
+        fail(f"step {step}: {wrong}, though just written; the older checkpoints are as they were")
     if log.world.rank == 0:
-        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
-        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
-        os.replace(partial, folder)
+        os.replace(aside, folder)
         for old in complete_checkpoints(log.out)[: -log.cfg.run.keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -338,21 +395,22 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
 
     Without a checkpoint (a new run, or one killed before its first) the run starts at step 0.
     """
-    found = complete_checkpoints(log.out) if log.cfg.run.resume else []
+    found = newest_whole(log) if log.cfg.run.resume else None
     extra = {"step": 0}
     if found:
-        saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata}
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP's lr, betas ... are pickles too, which could run code
+        saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found).read_metadata().state_dict_metadata}
         stepped = {name: entry for name, entry in state.items() if name in saved}
         loaded = collect(stepped)
-        dcp.load(loaded, checkpoint_id=found[-1])
+        dcp.load(loaded, checkpoint_id=found)
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
                 sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
             else:
                 sharded.set_model_state_dict(entry, loaded[name])
-        extra = json.loads((found[-1] / "state.json").read_text())
+        extra = json.loads((found / "state.json").read_text())
         if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
-            fail(f"{found[-1]} was trained on other problems than --data {log.cfg.run.data} gives")
+            fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")
     if extra["step"] > log.cfg.steps:
         fail(f"--resume {log.out}: --steps {log.cfg.steps}, but its last checkpoint is of step {extra['step']}")
     for entry in (entry for entry in state.values() if isinstance(entry, tuple)):
@@ -372,6 +430,7 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
     weights are what is exported where it is not the policy as it is.
     """
     if step == log.cfg.steps:
+        log.phase("exporting")
         log.last(step)
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
@@ -398,7 +457,7 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published
         tokenizer.save_pretrained(final)
         path = Path(resolve_model(run.model)) / "settings.json"
-        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings = read_json(path.read_bytes(), path) if path.is_file() else {}
         asked = {name: getattr(run, name) for name in ("template", "template_args", "system", "request")}
         settings |= {name: value for name, value in asked.items() if value not in ("auto", None)}
         for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):

@@ -27,14 +27,15 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
-    "core/records.py": "test_log test_trust:finite-or-move-or-collapse test_methods:saving test_trust test_resume "
-    "test_gradients",
-    "core/model.py": "test_trust:nan test_packing test_architectures test_losses test_sampler test_gradients "
-    "test_methods:grpo",
+    "core/records.py": "test_log test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
+    "test_damage test_trust test_resume test_gradients",
+    "core/model.py": "test_trust:nan test_damage:safetensors test_packing test_architectures test_losses test_sampler "
+    "test_gradients test_methods:grpo",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_scripts test_trust:resume test_defaults: test_skeleton",
-    "core/processes.py": "test_packing test_gradients test_method_updates:grpo-or-two_ranks test_trust test_resume",
+    "core/config.py": "test_damage:file test_scripts test_trust:resume test_defaults: test_skeleton",
+    "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
+    "test_method_updates:grpo-or-two_ranks",
     "core/verifier.py": "test_verifier test_data",
     "core/answers.py": "test_verifier",
     "eval.py": "test_eval",
@@ -265,6 +266,12 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/records.py", "not low <= sum(values) / len(values) <= high", "False"),
     ("core/processes.py", "found = [make() if dist.get_rank() == 0 else None]", "found = [make()]; return found[0]"),
     ("core/processes.py", "os._exit(130)", "pass"),
+    ("core/processes.py", "if doing[0] in ('update', 'sft') else", "if False else"),
+    ("core/records.py", "if found.get(n) != written.get(n)]", "if n not in found]"),
+    ("core/records.py", "[0])[0] < p.offset + p.length", "[0])[0] < 0"),
+    ("core/records.py", "if f.name.isdigit())", 'if f.suffix != ".partial")'),
+    ("core/records.py", '("torch", "pathlib") and name in LISTED.split()', '("torch", "pathlib", "posix")'),
+    ("core/model.py", '"use_safetensors": True', '"use_safetensors": None'),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),
