@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import platform
 import resource
 import shutil
@@ -38,8 +37,6 @@ SIGNS = (  # of a collapse: (value, its healthy range, what it means)
     ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
     ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
 )
-LISTED = "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata Size "
-LISTED += "TensorProperties _MEM_FORMAT_ENCODING _StorageInfo _get_layout PosixPath float32 float64 bfloat16 int64"
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -313,16 +310,6 @@ def complete_checkpoints(out: Path) -> list[Path]:
     return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
 
 
-class TensorList(pickle.Unpickler):
-    """Reads .metadata, torch's list of the tensors in a checkpoint, which is a pickle."""
-
-    def find_class(self, module: str, name: str) -> object:
-        """What a name of the file stands for, where such a list has it."""
-        if module.partition(".")[0] in ("torch", "pathlib") and name in LISTED.split():
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not of a checkpoint")
-
-
 def fingerprints(folder: Path, world: World) -> dict[str, list]:
     """Size and sha256 of the files of a checkpoint, each read by one of the ranks (collective)."""
     names, mine = once(lambda: sorted(f.name for f in folder.iterdir() if f.name != "manifest.json")), []
@@ -333,15 +320,14 @@ def fingerprints(folder: Path, world: World) -> dict[str, list]:
 
 
 def damage(folder: Path, found: dict[str, list]) -> str:
-    """What is wrong with a checkpoint of these files, by its manifest and .metadata, or ""."""
-    path = folder / "manifest.json"
+    """What is wrong with a checkpoint of these files, by its manifest and torch's list, or ""."""
     try:
-        written, path = json.loads(path.read_text()), folder / ".metadata"
-        wrong = [n for n in (".metadata", "state.json", *written) if found.get(n) != written.get(n)]
-        parts = TensorList(path.open("rb")).load().storage_data.values()
-        wrong += [p.relative_path for p in parts if found.get(p.relative_path, [0])[0] < p.offset + p.length]
-    except Exception as error:  # whatever a damaged pickle leads to
-        return f"{path} is damaged ({first_line(error)})"
+        written = json.loads((folder / "manifest.json").read_text())
+        wrong = [n for n in (".metadata", "state.json", *written) if n not in found or found[n] != written.get(n)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{folder / 'manifest.json'} is damaged ({first_line(error)})"
+    parts = [] if wrong else dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    wrong += [p.relative_path for p in parts if found.get(p.relative_path, [0])[0] < p.offset + p.length]
     return f"{folder / wrong[0]} is missing or not as it was written" if wrong else ""
 
 

@@ -270,7 +270,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/records.py", "if found.get(n) != written.get(n)]", "if n not in found]"),
     ("core/records.py", "[0])[0] < p.offset + p.length", "[0])[0] < 0"),
     ("core/records.py", "if f.name.isdigit())", 'if f.suffix != ".partial")'),
-    ("core/records.py", '("torch", "pathlib") and name in LISTED.split()', '("torch", "pathlib", "posix")'),
+    ("core/records.py", 'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"', "pass"),
     ("core/model.py", '"use_safetensors": True', '"use_safetensors": None'),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
