@@ -134,7 +134,7 @@ def in_pool(function: Callable, items: list[tuple], time_limit: float, progress:
     with _pool_lock:
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")
-            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork)
+            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork, initializer=os.setpgrp)
         futures = [_pool.schedule(function, args=item, timeout=time_limit) for item in items]
     results, errors = [], 0
     for future in tqdm(futures, desc=progress or "verifying", disable=None, leave=False, delay=2):
