@@ -69,9 +69,9 @@ class Trial:
 
 
 def draw(seed: int, only: str = "", method: str = "", most: int = 3) -> Trial:
-    """The trial of a seed, of any fault and method if none is given, on at most so many ranks."""
+    """The trial of a seed, on at most so many ranks. If none is given, faults take turns."""
     rng = random.Random(seed)
-    fault = only or rng.choice(FAULTS)
+    fault = only or FAULTS[seed % len(FAULTS)]
     method = method or rng.choice([m for m in METHODS if fault != "twice" or "--group_size" in FLAGS[m]])
     ranks = rng.choice({"kill_rank": [2, 2, 3], "nodes": [2], "restart": [2]}.get(fault, [1, 1, 1, 2, 3]))
     moment = {"damaged": "export", "twice": "rollouts"}.get(fault) or rng.choices(MOMENTS, [1, 4, 4, 4, 2])[0]
@@ -320,8 +320,9 @@ class Session:
         return found
 
     def elastic(self, trial: Trial, out: Path, reference: Reference) -> tuple[list[str], str]:
-        """Two ranks that torchrun starts again, the same command: of two agents one is killed and
-        started anew, of one agent's ranks one is killed. (What is wrong, what was printed).
+        """Two ranks that torchrun starts again, the same command: of two agents the one that
+        does not hold the rendezvous is killed and started anew, or of one agent's ranks one is
+        killed. (What is wrong, what was printed).
         """
         flags = [*self.flags(trial), "--out", out, "--resume", out]
         with socket.create_server(("localhost", 0)) as server:
@@ -329,7 +330,9 @@ class Session:
         together = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", trial.seed]
         nodes = ["--nnodes", 2, "--nproc_per_node", 1, "--max_restarts", 3, *together]
         alone = ["--standalone", "--nproc_per_node", 2, "--max_restarts", 3]
-        launches = [[*nodes, "--node_rank", n] for n in (0, 1)] if trial.fault == "nodes" else [alone]
+        launches = (
+            [[*nodes, "--rdzv_conf", f"is_host={host}"] for host in (1, 0)] if trial.fault == "nodes" else [alone]
+        )
         agents = [start(trial, 2, *flags, torchrun=launch) for launch in launches]
         wait_for_moment(trial, agents[-1], out, reference)
         harm(trial, agents[-1], out)
