@@ -45,7 +45,7 @@ DAMAGES = {  # to the newest checkpoint
 }
 HUNG = "HUNG: killed by tests/faults.py"
 ROUNDING = "sampler_ratio_max"  # of all tokens the one whose rounding is largest: not the same on other ranks
-FALLS_BACK = "is damaged"  # of the sentence about a damaged checkpoint
+FALLS_BACK = "the checkpoint is set aside"  # of the sentence about a damaged one
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def lines_of(out: Path) -> int:
 
 def checkpoints(out: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    return sorted(int(path.name) for path in (out / "checkpoints").glob("*") if path.suffix != ".partial")
+    return sorted(int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def wait_until(process: subprocess.Popen, come: object, limit: float = 120) -> None:
