@@ -34,7 +34,11 @@ from test_methods import FLAGS
 DAMAGED = False  # True: newest checkpoints are damaged too, and the run must fall back to the one before
 METHODS = "grpo bread relift bridge uft sft luffy dapo prefix_rft iw_sft".split()
 SMALL = "--model tiny --test_data= --steps 4 --problems_per_step 6 --save_every 2 --lr 2e-5".split()
-GENTLE = {"relift": ["--sft_lr", "2e-5"], "bridge": ["--lora_lr", "2e-5"]}
+GENTLE = {
+    "relift": ["--sft_lr", "2e-5"],
+    "bridge": ["--lora_lr", "2e-5"],
+    "sft": ["--lr", "2e-4"],
+}  # sft.py's rate falls
 LONG = ["--problems_per_step", "48", "--group_size", "16"]  # steps in which a second signal finds the run
 MOMENTS = ["start", "rollouts", "update", "save", "export"]
 FAULTS = ["kill_all", "kill_rank", "sigterm", "ctrl_c", "twice", "disk_full", *(["damaged"] if DAMAGED else [])]

@@ -38,6 +38,7 @@ print(in_pool(time.sleep, [(2,)] * 8, 20), stop.seen, flush=True)
     assert "([None, None, None, None, None, None, None, None], 0) True" in printed and "reward error" not in printed
 
 
+@pytest.mark.timeout(600)
 def test_trials():
     """Of one method, by date; `python tests/faults.py` tries all."""
     day, online = date.today().toordinal(), [m for m in faults.METHODS if "--group_size" in FLAGS[m]]
