@@ -49,7 +49,7 @@ class RunConfig:
     skip_nonfinite: int = 0  # updates with a loss or gradient that is not finite to leave out before the run ends
     # bookkeeping
     out: str = ""  # the run's folder; empty: runs/<method>-<model>-<time>
-    resume: str = ""  # a run's folder to continue, with its own flags
+    resume: str = ""  # a run's folder to continue, with its own flags; or the same as --out: begin it, or continue it
     eval_every: int = 10  # steps
     eval_samples: int = 1  # per test problem
     save_every: int = 50  # steps
@@ -88,6 +88,8 @@ def parse(config: type) -> object:
     """
     options = {"description": sys.modules[config.__module__].__doc__, "config": (tyro.conf.OmitArgPrefixes,)}
     flags = flat(tyro.cli(config, **options))
+    if flags.get("resume") and flags["resume"] == flags["out"] and not (Path(flags["out"]) / "config.json").exists():
+        flags["resume"] = ""  # one command begins the run and goes on with it, as torchrun and Slurm start it again
     if flags.get("resume"):
         path = Path(flags["resume"]) / "config.json"
         if not path.is_file():
@@ -101,6 +103,7 @@ def parse(config: type) -> object:
         taken = read_settings(path, Path(sys.argv[0]).stem)
     taken = {k: tuple(v) if isinstance(v, list) else v for k, v in taken.items() if k in flags}
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
+    cfg = with_flags(cfg, {"resume": flags["resume"]}) if "resume" in flags else cfg
     changed = {k: f"--{k} {v!r} instead of {taken[k]!r}" for k, v in flat(cfg).items() if v != taken.get(k, v)}
     if flags.get("resume") and resolve_model(cfg.run.model) != resolve_model(taken["model"]):
         fail(f"--resume {flags['resume']}: {changed['model']}; another model needs a run of its own")

@@ -150,7 +150,7 @@ def in_pool(
     with _pool_lock:
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")
-            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork)
+            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork, initializer=os.setpgrp)
         order = sorted(range(len(items)), key=lambda i: risk(items[i][1]) if hostile else i)
         futures = {i: _pool.schedule(function, args=items[i], timeout=time_limit) for i in order}
     budget = 10 * max(1, len(items) / 1000) if hostile else math.inf

@@ -33,10 +33,11 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "test_gradients test_methods:grpo",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_damage:file test_scripts test_trust:resume test_defaults: test_skeleton",
+    "core/config.py": "test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
+    "test_skeleton",
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks",
-    "core/verifier.py": "test_verifier test_data",
+    "core/verifier.py": "test_verifier test_data test_faults:workers",
     "core/answers.py": "test_verifier",
     "eval.py": "test_eval",
     "bridge.py": "test_defaults test_bridge test_methods",
@@ -267,11 +268,13 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/processes.py", "found = [make() if dist.get_rank() == 0 else None]", "found = [make()]; return found[0]"),
     ("core/processes.py", "os._exit(130)", "pass"),
     ("core/processes.py", "if doing[0] in ('update', 'sft') else", "if False else"),
-    ("core/records.py", "if found.get(n) != written.get(n)]", "if n not in found]"),
+    ("core/records.py", "or found[n] != written.get(n)]", "]"),
     ("core/records.py", "[0])[0] < p.offset + p.length", "[0])[0] < 0"),
     ("core/records.py", "if f.name.isdigit())", 'if f.suffix != ".partial")'),
     ("core/records.py", 'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"', "pass"),
     ("core/model.py", '"use_safetensors": True', '"use_safetensors": None'),
+    ("core/config.py", 'flags["resume"] = ""', "pass"),
+    ("core/verifier.py", ", initializer=os.setpgrp", ""),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),
