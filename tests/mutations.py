@@ -3,7 +3,7 @@
 python tests/mutations.py                 all of them: an hour or two on two cores
 python tests/mutations.py --only bread    those whose file has this in its name
 python tests/mutations.py --sample        ten of them, chosen by today's date
-python tests/mutations.py --known         the known bugs of tests/README.md, by the tests of their rows
+python tests/mutations.py --known         the known bugs of tests/README.md, each by its own tests
 
 Prints the survivors, and exits with 1 if there are any that SURVIVORS does not explain.
 """
@@ -556,17 +556,12 @@ def named(name: str, part: str) -> list[Mutation]:
 
 
 def known_bugs() -> list[tuple[str, list[str], list[list[Mutation]]]]:
-    """(bug, its tests, what each of its names means) of each row of the table in tests/README.md."""
+    """(what a row says, its tests, what each name there means) of tests/README.md's table."""
     table = (ROOT / "tests/README.md").read_text().split("\n## Known bugs of this field\n")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    return [
-        (
-            bug,
-            re.findall(r"`(test_\w+::test_\w+)`", held),
-            [named(*found) for found in re.findall(r"`([\w/]+\.py)`: `([^`]+)`", "".join(names))],
-        )
-        for bug, held, *names in rows
-    ]
+    rows = [line.strip("| ") for line in table.splitlines() if line.startswith("| ")][1:]
+    tests = [re.findall(r"`(test_\w+::test_\w+)`", row) for row in rows]
+    names = [re.findall(r"`([\w/]+\.py)`: `([^`]+)`", row) for row in rows]
+    return [(row, held, [named(*n) for n in many]) for row, held, many in zip(rows, tests, names, strict=True)]
 
 
 def plant(copy: Path, name: str, line: str, wrong: str) -> str:
@@ -605,7 +600,7 @@ def testable(mutation: Mutation) -> bool:
 
 
 def watch(copy: Path, mutation: Mutation, looks: list[Callable[[], str]]) -> list[str]:
-    """Plant one, look, and put the file back. What each look finds, of which the first is printed."""
+    """Plant one, look, put the file back. What each look finds; the first of it is printed."""
     name, line, wrong = mutation
     whole, since = plant(copy, name, line, wrong), time.time()
     found = [look() for look in looks]
