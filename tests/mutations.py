@@ -611,13 +611,19 @@ def watch(copy: Path, mutation: Mutation, looks: list[Callable[[], str]]) -> lis
     return found
 
 
+def arguments(test: str, name: str) -> list[str]:
+    """pytest's for FILE::TEST, only for the method whose file it is where tests go by methods."""
+    (file, function), stem = test.split("::"), Path(name).stem
+    by_method = file in BY_METHOD.split() and "/" not in name and stem != "common"
+    return [f"tests/{file}.py::{function}", *(["-k", stem] if by_method else [])]
+
+
 def known_survivors(copy: Path, only: str) -> list[tuple[str, str]]:
     """(bug, what no test of its row sees) and (bug, a test of its row that sees nothing)."""
     survivors = []
     for bug, tests, mutations in known_bugs():
         planted = [m for (m,) in mutations if only in m[0] and testable(m)]
-        looks = [partial(failing, copy, "tests/{}.py::{}".format(*test.split("::"))) for test in tests]
-        found = [watch(copy, m, looks) for m in planted]
+        found = [watch(copy, m, [partial(failing, copy, *arguments(test, m[0])) for test in tests]) for m in planted]
         survivors += [(bug, m[1]) for m, failed in zip(planted, found, strict=True) if not any(failed)]
         survivors += [(bug, test) for test, *failed in zip(tests, *found, strict=True) if planted and not any(failed)]
     return survivors

@@ -84,10 +84,11 @@ def test_masks(tokenizer, world):
 
 def test_prompt_is_not_trained(tokenizer, world):
     """A column for each completion token and none for the prompt's, whose targets have none."""
-    policy = common.shard(random_model("llama", dtype=torch.float64), world)
+    policy, lengths = common.shard(random_model("llama", dtype=torch.float64), world), [6, 2, 20, 2]
     batch = common.make_batch(rows(tokenizer), world.device)
     logprobs, _ = common.token_logprobs(policy, batch, 1.0)
-    assert logprobs.shape == batch.completion_ids.shape and int((logprobs != 0).sum()) == sum(batch.lengths)
+    assert logprobs.shape == batch.completion_ids.shape == (4, 20)
+    assert (logprobs != 0).sum(1).tolist() == batch.completion_mask.sum(1).tolist() == lengths
 
 
 def tensors(batch: common.Batch) -> dict[str, torch.Tensor]:
