@@ -481,7 +481,10 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     (
         "core/model.py",
         "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))",
-        "return torch.nn.utils.clip_grad_norm_(parameters, max_norm).to_local()",
+        (
+            "norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)\n"
+            "        return getattr(norm, '_local_tensor', norm)"
+        ),
     ),
     ("grpo.py", 'state = {"model": policy, "optimizer": (policy, optimizer)}', 'state = {"model": policy}'),
     ("core/records.py", 'if f.suffix != ".partial")', 'if f.suffix != ".part")'),
@@ -522,11 +525,6 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "return text",
     ),
     ("core/verifier.py", "timeout=time_limit)", "timeout=None)"),
-    (
-        "core/verifier.py",
-        "if not items or multiprocessing.parent_process():",
-        "if not items or threading.current_thread() is not threading.main_thread():",
-    ),
     ("core/answers.py", 'lambda m: re.sub(r"\\D", "", m[0])', "lambda m: m[0]"),
     ("core/verifier.py", "errors.append(first_line(error))", "pass"),
     (
