@@ -481,10 +481,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     (
         "core/model.py",
         "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))",
-        (
-            "norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)\n"
-            "        return getattr(norm, '_local_tensor', norm)"
-        ),
+        "return torch.nn.utils.get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in parameters])",
     ),
     ("grpo.py", 'state = {"model": policy, "optimizer": (policy, optimizer)}', 'state = {"model": policy}'),
     ("core/records.py", 'if f.suffix != ".partial")', 'if f.suffix != ".part")'),
