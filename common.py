@@ -96,7 +96,7 @@ class Rollout:
     @property
     def solved(self) -> bool:
         """Whether the reward reaches --solved: success, however rewards are scaled."""
-        return self.reward >= self.problem.grader.solved - 1e-6
+        return self.problem.grader.solves(self.reward)
 
 
 def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:

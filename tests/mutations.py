@@ -31,7 +31,7 @@ METHOD = "test_defaults test_pages test_method_losses test_method_updates test_l
 WHERE = {  # the tests that could see a line of a file, the quick ones first; FILE:EXPRESSION is with -k EXPRESSION
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
-    "core/data.py": "test_hints test_sampler test_data test_asking test_pages:uft",
+    "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
     "core/records.py": "test_log test_methods:saving test_resume: test_gradients test_sampler",
     "core/model.py": "test_packing test_losses test_sampler test_gradients test_methods:grpo",
     "core/rewards.py": "test_rewards",
@@ -234,7 +234,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/data.py", "*ends, _ = episode_ends(problem, tokenizer)", "ends = episode_ends(problem, tokenizer)"),
     ("core/data.py", "[end for end in ends if end <= limit]", "ends"),
-    ("core/data.py", "starts += [len(solution) - len(rest)] if rest else []", "pass"),
+    ("core/data.py", '[*filter(str.strip, steps), ""]', "filter(str.strip, steps)"),
     (
         "core/sampler.py",
         "torch.log_softmax(logits.float() / (temperature or 1.0), -1)",
@@ -248,7 +248,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("bread.py", "hard = [sum(r.solved for r in g)", "hard = [sum(r.reward for r in g)"),
     ("relift.py", "any(r.solved for r in group) else", "any(r.reward for r in group) else"),
     ("hpt.py", "failed = [sum(r.solved for r", "failed = [sum(r.reward for r"),
-    ("common.py", "self.problem.grader.solved - 1e-6", "1 - 1e-6"),
+    ("core/rewards.py", "self.solved - 1e-6", "1 - 1e-6"),
+    ("core/data.py", "if not p.grader.solves(found.reward)", "if found.reward < p.grader.solved"),
     ("core/rewards.py", "float(weight) * float(value)", "float(value)"),
     ("core/rewards.py", "Grade(0.0) if result is None", "Grade(1.0) if result is None"),
     # defaults

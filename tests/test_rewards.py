@@ -23,6 +23,9 @@ def row(problem, completion):
 def parts(problem, completion):
     return {"digits": (0.5, sum(c.isdigit() for c in completion)), "boxed": (-2.0, "boxed" in completion)}
 
+def tenths(problem, completion):
+    return 0.7 + 0.2 + 0.1 if completion == "2" else 0.0
+
 def slow(problem, completion):
     time.sleep(60 * (completion == "hang"))
     return 1
@@ -165,6 +168,13 @@ def test_rows_without_an_answer(own, tmp_path):
     assert all(p.answer == "" and p.row["wanted"] == "1" and p.grader == grader for p in found)
     with pytest.raises(SystemExit, match="no answer"):
         common.load_problems(str(path), tokenizer, require_expert=True)
+
+
+def test_a_trace_that_is_solved_but_for_rounding_is_kept(own, tmp_path):
+    """0.7 + 0.2 + 0.1 is a hair below 1; a rollout of that reward is solved, and so is the trace."""
+    tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "1+1", "solution": "2"}) + "\n")
+    assert len(common.load_problems(str(path), tokenizer, require_expert=True, grader=own("tenths"))) == 1
 
 
 def test_a_function_that_never_works_is_a_sentence(own, tmp_path, capsys):
