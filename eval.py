@@ -63,7 +63,7 @@ class Config:
     system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
     request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
-    reward: str = ""  # FILE.py:FUNCTION of your own; empty: the verifier
+    reward: str = ""  # FILE.py:FUNCTION of your own, or words_reward and the like; empty: the verifier
     solved: float = 1.0  # a reward from here on is a solved problem
     reward_seconds: float = 5.0  # time limit of one completion
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
@@ -148,9 +148,9 @@ def label(name: str, names: list[str]) -> str:
 
 
 def describe_reward(grader: Grader) -> str:
-    """verifier, or the name of a function with the hash of its file."""
+    """verifier, one of its kinds, or the name of a function with the hash of its file."""
     path, _, name = grader.source.rpartition(":")
-    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path else "verifier"
+    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path else grader.kind or "verifier"
 
 
 def fingerprint(folder: Path) -> str:

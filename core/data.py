@@ -21,7 +21,7 @@ from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
 from core.processes import fail, first_line, print0
-from core.rewards import VERIFIER, Grader, grade
+from core.rewards import COMPARED, VERIFIER, Grader, grade
 from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
 
@@ -552,7 +552,7 @@ def load_problems(
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     fields = [try_fields(row, names) for _, row in rows]
     answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
-    readable = iter(golds_parse(answers))
+    readable = iter(golds_parse(answers, right=COMPARED.get(grader.kind)))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped, seen = [], defaultdict(list), set()

@@ -173,7 +173,7 @@ def open_folder(cfg: object, script: str, world: World) -> Path:
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not cfg.run.resume:
-            own = [Path(cfg.run.reward.rpartition(":")[0])] if cfg.run.reward else []
+            own = [Path(cfg.run.reward.rpartition(":")[0])] if ":" in cfg.run.reward else []
             for source in {Path(script).resolve(), ROOT / "common.py", *own}:
                 shutil.copy(source, out / source.name)
             ignored = shutil.ignore_patterns("__pycache__")
