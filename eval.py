@@ -247,8 +247,9 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
     texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
     grades, failed = common.grade([r.problem for r in flat], [r.text for r in flat], "", many_boxes)
     errors = [False] * len(flat)
-    if failed:  # which ones: each alone again
-        errors = [common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r in flat]
+    if failed:  # which ones: each that earned nothing alone again
+        pairs = zip(flat, grades, strict=True)
+        errors = [g.reward == 0 and common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r, g in pairs]
     for r, found in zip(flat, grades, strict=True):
         r.reward, r.parts = found
     plain = verify_plainly(texts, [r.problem.answer for r in flat])

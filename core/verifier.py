@@ -25,6 +25,7 @@ from core.answers import LONGEST, TYPE, equal, is_words, parts, rewritten, words
 from core.processes import first_line, print0
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
+pebble.CONSTS.term_timeout = 0.1  # seconds until a worker that hung, and ignores SIGTERM, is killed
 
 BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{ and \} belong to a set
 BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
