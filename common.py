@@ -41,7 +41,7 @@ from core.model import (
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, agree, finish, resume, save
-from core.rewards import RewardFn, grade, load_grader, math_reward
+from core.rewards import RewardFn, countdown_reward, grade, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
 
 
@@ -50,7 +50,7 @@ def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bo
     """Training and test Problems of a run; no test problems where --test_data is empty."""
     grader, test = load_grader(cfg.run, reward_fn), cfg.run.test_data
     train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, grader=grader, **asked(cfg))
-    cfg.run = alike(replace(cfg.run, reward=grader.source), train)  # the test is asked so, and final/, eval.py
+    cfg.run = alike(replace(cfg.run, reward=grader.source or grader.kind), train)  # so are the test, final/, eval.py
     return agree(cfg, train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else [])
 
 
@@ -416,4 +416,4 @@ __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all
 __all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish", "math_reward"]
+__all__ += ["finish", "math_reward", "countdown_reward", "words_reward"]

@@ -63,7 +63,7 @@ class Config:
     system: str | None = None  # in place of every system turn, empty: no such turn; None: the data's own
     request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=..." where the data set's names are not recognised
-    reward: str = ""  # FILE.py:FUNCTION of your own; empty: the verifier
+    reward: str = ""  # FILE.py:FUNCTION of your own, or words_reward and the like; empty: the verifier
     solved: float = 1.0  # a reward from here on is a solved problem
     reward_seconds: float = 5.0  # time limit of one completion
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
@@ -148,9 +148,9 @@ def label(name: str, names: list[str]) -> str:
 
 
 def describe_reward(grader: Grader) -> str:
-    """verifier, or the name of a function with the hash of its file."""
+    """verifier, one of its kinds, or the name of a function with the hash of its file."""
     path, _, name = grader.source.rpartition(":")
-    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path else "verifier"
+    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path else grader.kind or "verifier"
 
 
 def fingerprint(folder: Path) -> str:
@@ -247,8 +247,9 @@ def grade(groups: list[list[common.Rollout]], many_boxes: str) -> list[list[dict
     texts = [common.answer_part(r.text, r.problem.thinks) for r in flat]
     grades, failed = common.grade([r.problem for r in flat], [r.text for r in flat], "", many_boxes)
     errors = [False] * len(flat)
-    if failed:  # which ones: each alone again
-        errors = [common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r in flat]
+    if failed:  # which ones: each that earned nothing alone again
+        pairs = zip(flat, grades, strict=True)
+        errors = [g.reward == 0 and common.grade([r.problem], [r.text], "", many_boxes)[1] > 0 for r, g in pairs]
     for r, found in zip(flat, grades, strict=True):
         r.reward, r.parts = found
     plain = verify_plainly(texts, [r.problem.answer for r in flat])

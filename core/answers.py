@@ -5,20 +5,12 @@ import unicodedata
 from collections.abc import Callable
 from unittest import mock
 
-import math_verify
 import sympy
-from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import grader
 
 LONGEST = 2000  # characters of an answer; a longer one is wrong
 NORMAL = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-STRICT = {  # math-verify reads all of an answer or nothing: it finds no number in a text, drops no word
-    "extraction_config": [math_verify.LatexExtractionConfig(normalization_config=NORMAL)],
-    "fallback_mode": "no_fallback",
-    "extraction_mode": "first_match",
-    "parsing_timeout": None,
-}
-
 VALUES = grader.sympy_numeric_eq
 
 # Notation -----------------------------------------------------------------------------------------
@@ -59,6 +51,7 @@ TYPE = (  # how it is set, which holds for words too
     (FONT, r" \1 "),  # one in another
     (r"\\(?:displaystyle|textstyle|(?:left|right|[bB]igg?[lr]?)(?![a-z]))|\\[()\[\]]|(?<!\\)\$", ""),
     (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),  # bold
+    (r"\\[lc]?dots(?![a-z])|\.{3}", r"\\ldots "),
     (r"(?:\\[,;:! ]|\\q?quad\b|\\thinspace\b|~|\s)+", " "),
     (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[^.\s]) ?[.。] *$", ""),  # the end of a sentence
@@ -76,6 +69,8 @@ NOTATION = (  # what math-verify reads otherwise, or not at all
         lambda m: rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}" if int(m[2]) < int(m[3]) else m[0],
     ),  # mixed
     (r"(?<=\d) +(?=[\d.])", " @ "),  # two numbers, which it would add
+    (r"((?<![\w.^])\d+|\)) ?(?=\(|\\[dt]?binom)|\) ?(?=\d)", r"\g<0>\\cdot "),  # 2(3) is no mixed number
+    (r"\\boxed|(?<![\\a-zA-Z])(?:if|when|unless|except|not|no|only)(?![a-zA-Z])", " @ "),
     (r"(?<=[\d}]) ?i(?![a-zA-Z])", " i"),  # alone it is the imaginary unit
     (r"\*\*", "^"),
     (r"\^ ?([+-]?\d+)", r"^{\1}"),
@@ -106,6 +101,39 @@ def latex(text: str, letter_is_unit: bool) -> str:
     return text[: unit.start()] if unit and not has_variable(text[: unit.start()]) else text
 
 
+# Reading ------------------------------------------------------------------------------------------
+
+LOST = re.compile(  # what the parser drops, or takes for a product: equal only where it is written alike
+    r"(?<=[a-zA-Z)}])'|\\ldots|⊕|\d\)? ?_|\^ ?\{? ?T(?![a-z])|\.\d+\.\d|%.*\w|:.*:|(?<!\d)0[xX][0-9A-F]|"
+    r"\\frac ?\{ ?(?:d|\\partial)[^{}]*\} ?\{ ?(?:d|\\partial) ?[a-zA-Z]|"  # a derivative
+    r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|[A-Z][a-z]|re|im) ?\("  # a call
+)
+BARE = ((r"\s", ""), (r"\{(\w)\}", r"\1"))
+
+
+def solve(*equation: sympy.Basic) -> list:
+    """In place of math-verify's: equations without a solution are not equal for that."""
+    return sympy.solve(*equation) or [sympy.Dummy()]
+
+
+def read(text: str) -> list[sympy.Basic]:
+    """An answer as sympy has it, in a list; [] where the parser cannot read all of it."""
+    text = normalize_latex(text, NORMAL)
+    try:
+        found = latex2sympy(text, is_real=not grader.should_treat_as_complex(text), normalization_config=None)
+        return [] if contradicts(found) else [found]
+    except Exception:  # of many kinds, by which the parser says that it expected something else
+        return []
+
+
+def contradicts(found: sympy.Basic) -> bool:
+    """Whether an answer equates two numbers over 1 % apart, as `2 + 2 = 5` does."""
+    numbers = isinstance(found, sympy.Eq) and all(side.is_number for side in found.args)
+    if not numbers or found.has(sympy.Function, sympy.NumberSymbol):  # which may be in degrees
+        return False
+    return bool(abs(found.lhs - found.rhs).evalf() > 0.01 * abs(found.rhs).evalf())
+
+
 # Words, letters and roles -------------------------------------------------------------------------
 
 CHOICE = re.compile(  # `E`, `(E)`, `E) 12` or `E: text`, but not with a second letter behind it
@@ -115,6 +143,7 @@ CHOICE = re.compile(  # `E`, `(E)`, `E) 12` or `E: text`, but not with a second 
 BASED = re.compile(r"\(?((?=[A-F]*\d)[0-9A-Fa-f]+)\)? ?_ ?\{? ?\(?([0-9]+|[a-z]{3,})\)? ?\}?")
 SEPARATOR = re.compile(r"\\[{}]|[()\[\]{}]|,(?!\d{3}(?!\d))|(?<!\d),|;|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 ROLES = ("knight", "knave")
+IS_ROLE = re.compile(r"(?i) is an? (?:knight|knave)\b")
 FILLING = set("a an and are both is the so thus while therefore hence also of all others none".split())
 
 
@@ -139,18 +168,13 @@ def product(word: str) -> bool:
     return len(word) == 1 or (len(word) < 4 and not spelled and not re.fullmatch(r"[A-J]+|[A-Z][a-z]+", word))
 
 
-def words(text: str) -> list[str] | None:
-    """An answer in words, in lower case; None where it is mathematics."""
-    if not re.fullmatch(r"[^\W\d_]+(?:['’ -]+[^\W\d_]+)*", text):
-        return None
-    found = re.split(r"['’ -]+", text)
-    named = set(FUNCTIONS.split("|")) & set(found)
-    return None if named or all(map(product, found)) else [word.casefold() for word in found]
-
-
 def is_words(gold: str | dict) -> bool:
-    """Whether a gold is compared as words."""
-    return isinstance(gold, str) and len(gold) <= LONGEST and words(rewritten(gold, TYPE)) is not None
+    """Whether a gold is words, or names and who they are, and no mathematics."""
+    if not isinstance(gold, str) or len(gold) > LONGEST or gold.upper() == gold.lower():
+        return False
+    found = re.split(r"['’ -]+", rewritten(gold, TYPE))
+    letters = all(re.fullmatch(r"[^\W\d_]+", word) for word in found) and not {*FUNCTIONS.split("|")} & {*found}
+    return bool(IS_ROLE.search(gold)) or (letters and not all(map(product, found)))
 
 
 def roles(text: str) -> set[tuple[str, str]]:
@@ -170,6 +194,17 @@ def roles(text: str) -> set[tuple[str, str]]:
             role = word
         before = word
     return found
+
+
+def words_right(gold: str, boxes: list[str]) -> bool:
+    """Whether each box has the words of a gold, or all together, in any case, font and order of
+    parts. Of knights and knaves whether they give every name its role.
+    """
+    if IS_ROLE.search(gold):
+        return roles(gold) == set().union(*map(roles, boxes))
+    texts = [rewritten(text, TYPE).casefold() for text in (gold, ", ".join(boxes), *boxes)]
+    wanted, together, *each = (sorted(re.split(r"['’ -]+", part) for part in parts(text)) for text in texts)
+    return bool(wanted) and (together == wanted or each == [wanted] * max(1, len(boxes)))
 
 
 # Comparing ----------------------------------------------------------------------------------------
@@ -195,26 +230,32 @@ def equal_values(a: sympy.Basic, b: sympy.Basic, *rounding: int) -> bool:
 
 def equal_part(gold: str, said: str) -> bool:
     """Whether a part of an answer is that of the gold."""
-    if words(gold) is not None:
-        return words(gold) == words(said)
+    if is_words(gold):
+        return words_right(gold, [said])
     if re.fullmatch(r"\(?[A-J]\)?", gold) and (choice := CHOICE.fullmatch(said)):
         return choice[1] == gold.strip("()")
     based = [BASED.fullmatch(text) for text in (gold, said)]
     if all(based):
         return len({(number[1].lstrip("0").upper(), number[2]) for number in based}) == 1
     gold, said = (number[1] if number else text for number, text in zip(based, (gold, said), strict=True))
-    wanted = latex(gold, False)
-    with mock.patch.object(grader, "sympy_numeric_eq", equal_values):
-        read = [math_verify.parse(f"${text}$", **STRICT) for text in (wanted, latex(said, not has_variable(wanted)))]
-        return bool(grader.verify(*read, timeout_seconds=None))
+    gold = latex(gold, False)
+    said = latex(said, not has_variable(gold))
+    if LOST.search(gold) or LOST.search(said):
+        sides = [re.fullmatch(r"(?:(.*[^<>!:])=)?(.*)", rewritten(text, BARE)).groups() for text in (gold, said)]
+        names, values = zip(*sides, strict=True)
+        if any(map(LOST.search, values)):
+            return sides[0] == sides[1]
+        return len({*names} - {None}) < 2 and equal_part(*values)
+    with mock.patch.multiple(grader, sympy_numeric_eq=equal_values, solve=solve):
+        return bool(grader.verify(read(gold), read(said), timeout_seconds=None))
 
 
 def equal(gold: str, said: str) -> bool:
     """Whether an answer is the gold; of two lists each part must have its own, in any order."""
     if max(len(gold), len(said)) > LONGEST:
         return False
-    if re.search(r"(?i) is an? (?:knight|knave)\b", gold):
-        return roles(said) == roles(gold)
+    if is_words(gold):
+        return words_right(gold, [said])
     gold, said = rewritten(gold, TYPE), rewritten(said, TYPE)
     wanted, left = parts(gold), parts(said)
     # One part may be the set of the others' parts, which holds nothing twice.

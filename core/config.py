@@ -31,7 +31,7 @@ class RunConfig:
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     seed: int = 0  # of the order of problems and of everything sampled
     # reward
-    reward: str = ""  # FILE.py:FUNCTION of your own; empty: the reward_fn of the method file
+    reward: str = ""  # FILE.py:FUNCTION of your own, or words_reward and the like; empty: the method file's
     solved: float = 1.0  # a reward from here on is a solved problem
     reward_seconds: float = 5.0  # time limit of one completion
     # sampler

@@ -21,7 +21,7 @@ from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
 from core.processes import fail, first_line, once, print0
-from core.rewards import VERIFIER, Grader, grade
+from core.rewards import COMPARED, VERIFIER, Grader, grade
 from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
 
@@ -508,7 +508,7 @@ def load_problems(
     needed = ["problem", *["answer"] * graded, *["solution"] * asking.require_expert]
     fields = [try_fields(row, names) for _, row in rows]
     answers = [found.get("answer", "0") if graded else "0" for found in fields]  # 0: nothing to read
-    golds = once(lambda: golds_parse(answers), len(answers))
+    golds = once(lambda: golds_parse(answers, right=COMPARED.get(asking.grader.kind)), len(answers))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped = {}, defaultdict(list)  # id: (where, problem), and reason: where

@@ -267,7 +267,7 @@ def open_folder(cfg: object, script: str, world: World) -> Path:
     if not cfg.run.resume and (out / "metrics.jsonl").exists():
         fail(f"--out {out} already holds a run; continue it with --resume {out} or choose another folder")
     if world.rank == 0 and not cfg.run.resume:
-        own = [Path(cfg.run.reward.rpartition(":")[0])] if cfg.run.reward else []
+        own = [Path(cfg.run.reward.rpartition(":")[0])] if ":" in cfg.run.reward else []
         for source in {Path(script).resolve(), ROOT / "common.py", *own}:
             shutil.copy(source, out / source.name)
         ignored = shutil.ignore_patterns("__pycache__")

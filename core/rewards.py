@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from core.answers import words_right
 from core.processes import fail, first_line
-from core.verifier import answer_part, in_pool, verify
+from core.verifier import answer_part, countdown_right, in_pool, verify
 
 RewardFn = Callable[[object, str], float | dict[str, tuple[float, float]]]  # (problem, completion) -> number or parts
 
@@ -20,7 +21,8 @@ RewardFn = Callable[[object, str], float | dict[str, tuple[float, float]]]  # (p
 class Grader:
     """How the completions of a run are graded; every problem holds it."""
 
-    source: str = ""  # FILE.py:FUNCTION; empty: the verifier
+    source: str = ""  # FILE.py:FUNCTION of one's own; empty: the verifier
+    kind: str = ""  # words_reward and the like, for all answers; empty: what each looks like
     solved: float = 1.0  # a reward from here on is a solved problem
     seconds: float = 5.0  # time limit of one completion
 
@@ -39,31 +41,44 @@ class Grade(NamedTuple):
     parts: dict[str, float] = {}
 
 
+def countdown_reward(problem, completion: str) -> float:
+    """1 where the boxed equation hits the target and uses each number once, else 0."""
+    return verify([answer_part(completion, problem.thinks)], [problem.answer], right=countdown_right)[0][0]
+
+
+def words_reward(problem, completion: str) -> float:
+    """1 where the box has the answer's words, or each name as knight or knave, else 0."""
+    return verify([answer_part(completion, problem.thinks)], [problem.answer], right=words_right)[0][0]
+
+
 def math_reward(problem, completion: str) -> float:
-    """1 where the completion's boxed answer is the problem's, else 0: what a run has by default."""
+    """One of these by what the answer looks like, else 1 where values are equal: the default."""
     return verify([answer_part(completion, problem.thinks)], [problem.answer])[0][0]
 
 
+# What verify is given for them, whole batches at a time.
+COMPARED = {"math_reward": None, "countdown_reward": countdown_right, "words_reward": words_right}
+
+
 def load_grader(run, reward_fn: RewardFn) -> Grader:
-    """The grader of a RunConfig: FILE.py:FUNCTION of --reward, else what the method file names.
+    """The grader of a RunConfig: FILE.py:FUNCTION or a name of --reward, else the method file's.
 
     A file that has no such function ends the run with a sentence.
     """
-    source = run.reward
-    if not source and reward_fn is not math_reward:
-        if "." in reward_fn.__qualname__ or reward_fn.__name__ == "<lambda>":
-            fail("reward_fn must be a function at the top of a file: worker processes load it from there")
-        source = f"{inspect.getsourcefile(reward_fn)}:{reward_fn.__name__}"
-    if not source:
-        return Grader(solved=run.solved, seconds=run.reward_seconds)
+    if not run.reward and ("." in reward_fn.__qualname__ or reward_fn.__name__ == "<lambda>"):
+        fail("reward_fn must be a function at the top of a file: worker processes load it from there")
+    source = run.reward or f"{inspect.getsourcefile(reward_fn)}:{reward_fn.__name__}"
     path, _, name = source.rpartition(":")
+    ours = Path(name).name  # settings.json says ../words_reward
+    if ours in COMPARED and Path(path or __file__).resolve() == Path(__file__).resolve():
+        return Grader("", ours if COMPARED[ours] else "", run.solved, run.reward_seconds)
     if not Path(path).is_file():
-        fail(f"--reward {source}: there is no file {path or source}; it is written FILE.py:FUNCTION")
+        fail(f"--reward {source}: no file {path or source}; write FILE.py:FUNCTION or one of {', '.join(COMPARED)}")
     try:
         load_function(source)
     except Exception as error:  # whatever a file of the user's own raises while it runs
         fail(f"--reward {source}: {path} cannot be run, or has no function {name} ({first_line(error)})")
-    return Grader(f"{Path(path).resolve()}:{name}", run.solved, run.reward_seconds)
+    return Grader(f"{Path(path).resolve()}:{name}", "", run.solved, run.reward_seconds)
 
 
 @functools.cache
@@ -103,7 +118,8 @@ def grade(problems: list, texts: list[str], progress: str = "", many_boxes: str 
     grader = problems[0].grader if problems else VERIFIER
     if not grader.source:
         parts = [answer_part(text, problem.thinks) for problem, text in zip(problems, texts, strict=True)]
-        rewards, errors = verify(parts, [p.answer for p in problems], many_boxes, grader.seconds, progress)
+        answers, right = [p.answer for p in problems], COMPARED.get(grader.kind)
+        rewards, errors = verify(parts, answers, many_boxes, grader.seconds, progress, right)
         return [Grade(reward) for reward in rewards], errors
     items = [(grader.source, problem, text) for problem, text in zip(problems, texts, strict=True)]
     found, errors = in_pool(call, items, grader.seconds, progress)

@@ -8,19 +8,23 @@ import multiprocessing
 import operator
 import os
 import re
+import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
 
 import pebble
 from tqdm import tqdm
 
-from core.answers import LONGEST, TYPE, equal, parts, rewritten
+from core.answers import LONGEST, TYPE, equal, is_words, parts, rewritten, words_right
 from core.processes import first_line, print0
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
+pebble.CONSTS.term_timeout = 0.1  # seconds until a worker that hung, and ignores SIGTERM, is killed
 
 BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{ and \} belong to a set
 BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
@@ -109,6 +113,11 @@ def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     return value == target and sorted(map(int, re.findall(r"\d+", equation))) == sorted(nums)
 
 
+def countdown_right(answer: dict, boxes: list[str]) -> bool:
+    """Whether there are equations, and all solve the problem."""
+    return bool(boxes) and all(countdown_correct(box, answer["target"], answer["nums"]) for box in boxes)
+
+
 def check_item(gold: str, prediction: str, *lines: tuple[str, ...]) -> bool:
     """In a worker: whether a prediction equals the gold.
 
@@ -136,6 +145,21 @@ def risk(text: str) -> int:
     return len(text) + 50 * text.count("^") + 100 * len(re.findall(r"!|\\(?:binom|sum|prod|int|lim|zeta)", text))
 
 
+def calm() -> None:
+    """As a worker begins: signals to the run's group are not its, and memory ends 2 GB above."""
+    os.setpgrp()
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**31
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def timed(function: Callable, *item: object) -> tuple[object, float]:
+    """In a worker: (what a function says, seconds of its CPU that took)."""
+    since = time.process_time()
+    return function(*item), time.process_time() - since
+
+
 def in_pool(
     function: Callable,
     items: list[tuple],
@@ -150,9 +174,9 @@ def in_pool(
     with _pool_lock:
         if _pool is None or not _pool.active:
             fork = multiprocessing.get_context("fork")
-            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), context=fork, initializer=os.setpgrp)
+            _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), initializer=calm, context=fork)
         order = sorted(range(len(items)), key=lambda i: risk(items[i][1]) if hostile else i)
-        futures = {i: _pool.schedule(function, args=items[i], timeout=time_limit) for i in order}
+        futures = {i: _pool.schedule(timed, args=(function, *items[i]), timeout=time_limit) for i in order}
     budget = 10 * max(1, len(items) / 1000) if hostile else math.inf
     results, errors, lost = [None] * len(items), [], 0.0
     for i, future in tqdm(futures.items(), desc=progress or "verifying", disable=None, leave=False, delay=2):
@@ -161,11 +185,10 @@ def in_pool(
             error = TimeoutError("given up, since items before it took too long")
         else:
             error = future.exception()  # what a worker raised, TimeoutError where it hung, ProcessExpired if it died
-        lost += waited if (waited := time.monotonic() - since) > 0.5 else 0.0
-        if error is not None:
-            errors.append(first_line(error))
-        else:
-            results[i] = future.result()
+        waited = time.monotonic() - since
+        results[i], spent = (None, waited) if error else future.result()
+        lost += min(waited, spent) if spent > 0.5 else 0.0  # on a busy machine only what is slow of itself
+        errors += [first_line(error)] if error else []
     if errors:
         print0(f"reward errors: {len(errors)} of {len(items)} items, the first: {errors[0]}")
     return results, len(errors)
@@ -182,8 +205,11 @@ def close_verifier() -> None:
             _pool = None
 
 
-def golds_parse(answers: list[str | dict], time_limit: float = 5.0) -> list[bool]:
+def golds_parse(answers: list[str | dict], time_limit: float = 5.0, right: Callable | None = None) -> list[bool]:
     """Whether each gold can be answered: whether its own box is right, or it is Countdown's."""
+    if right:
+        numbers = right is countdown_right
+        return [countdown_gold(a) if numbers else isinstance(a, str) and right(a, [a]) for a in answers]
     read = [countdown_gold(answer) or (isinstance(answer, str) and plain_integer(answer.strip())) for answer in answers]
     asked = [isinstance(answer, str) and not known for answer, known in zip(answers, read, strict=True)]
     golds = [(answer, answer) for answer, ask in zip(answers, asked, strict=True) if ask]
@@ -197,11 +223,12 @@ def verify(
     many_boxes: str = "zero",  # several boxes that differ in value: zero, or last to take the last one
     time_limit: float = 5.0,  # seconds per item
     progress: str = "",
+    right: Callable | None = None,  # what compares boxes with an answer; None: by what the answer looks like
 ) -> tuple[list[float], int]:
     """(1.0 where the boxed answer of a text is right, else 0.0; the number of verifier errors).
 
-    A box is required. Countdown, equal strings and plain integers are decided here, the rest in
-    the pool.
+    A box is required. Countdown, words, equal strings and plain integers are decided here,
+    the rest in the pool.
     """
     scores, asked = [0.0] * len(texts), {}  # asked: by the place of the text
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
@@ -210,16 +237,18 @@ def verify(
         if not boxes or len(different) > MOST_BOXES or max(map(len, boxes)) > LONGEST:
             continue
         box = boxes[-1]
-        if isinstance(answer, dict):
-            scores[i] = float(all(countdown_correct(said, answer["target"], answer["nums"]) for said in different))
+        if right or isinstance(answer, dict):
+            scores[i] = float((right or countdown_right)(answer, different))
+        elif different == {answer.strip()}:
+            scores[i] = 1.0
+        elif len(different) == 1 and plain_integer(box) and plain_integer(answer.strip()):
+            scores[i] = float(int(box) == int(answer))
+        elif is_words(answer):
+            scores[i] = float(words_right(answer, different))
         elif len(different) > 1:
             lines = [tuple(boxed(line)) for line in LINE_END.split(text)]
             whole = [*chain(*lines)] == boxes  # no box goes over several lines
             asked[i] = (answer, box, *filter(None, dict.fromkeys(lines if whole else zip(boxes))))
-        elif box == answer.strip():
-            scores[i] = 1.0
-        elif plain_integer(box) and plain_integer(answer.strip()):
-            scores[i] = float(int(box) == int(answer))
         else:
             asked[i] = (answer, box)
     verdicts, errors = in_pool(check_item, [*asked.values()], time_limit, progress, hostile=True)

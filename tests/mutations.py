@@ -43,8 +43,8 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks: test_dapo",
     "core/vllm_sampler.py": "test_vllm",
-    "core/verifier.py": "test_verifier test_data test_faults:workers",
-    "core/answers.py": "test_verifier",
+    "core/verifier.py": "test_verifier test_data test_fuzz test_faults:workers",
+    "core/answers.py": "test_verifier test_fuzz",
     "eval.py": "test_eval",
     "grpo.py": METHOD + " test_losses test_gradients",
     "bridge.py": "test_defaults test_bridge test_methods",
@@ -263,6 +263,18 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("hpt.py", "failed = [sum(r.solved for r", "failed = [sum(r.reward for r"),
     ("core/rewards.py", "self.solved - 1e-6", "1 - 1e-6"),
     ("core/data.py", "if not p.grader.solves(found.reward)", "if found.reward < p.grader.solved"),
+    # what is right
+    ("core/answers.py", "return sympy.solve(*equation) or [sympy.Dummy()]", "return sympy.solve(*equation)"),
+    (
+        "core/answers.py",
+        "    if LOST.search(gold) or LOST.search(said):\n",
+        "    if LOST.search(gold) and LOST.search(said):\n",
+    ),
+    ("core/answers.py", "return [] if contradicts(found) else [found]", "return [found]"),
+    ("core/rewards.py", "progress, right)", "progress)"),
+    ("core/verifier.py", "if spent > 0.5 else 0.0", "if spent > 99 else 0.0"),
+    ("core/verifier.py", "resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))", "pass"),
+    ("core/data.py", "golds_parse(answers, right=COMPARED.get(asking.grader.kind))", "golds_parse(answers)"),
     ("core/rewards.py", "float(weight) * float(value)", "float(value)"),
     ("core/rewards.py", "Grade(0.0) if result is None", "Grade(1.0) if result is None"),
     # what cannot be right
@@ -281,7 +293,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/records.py", 'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"', "pass"),
     ("core/model.py", '"use_safetensors": True', '"use_safetensors": None'),
     ("core/config.py", 'flags["resume"] = ""', "pass"),
-    ("core/verifier.py", ", initializer=os.setpgrp", ""),
+    ("core/verifier.py", "    os.setpgrp()\n", ""),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),

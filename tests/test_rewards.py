@@ -89,6 +89,59 @@ def test_the_default_is_the_verifier():
     assert common.math_reward(problem("q"), right) == 1
 
 
+KNIGHTS = "Ann is a knight\nBo is a knave"
+NUMBERS = {"target": 5, "nums": [8, 2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "gold", "right", "wrong"),
+    [
+        (
+            "countdown_reward",
+            NUMBERS,
+            ["\\boxed{8/2+1}", "\\boxed{8/2+1} \\boxed{\\frac82+1}"],
+            ["\\boxed{8+2+1}", "8/2+1"],
+        ),
+        (
+            "words_reward",
+            "Paris",
+            ["\\boxed{\\text{PARIS}}", "\\boxed{paris} \\boxed{Paris}"],
+            ["Paris", "\\boxed{sirap}"],
+        ),
+        ("words_reward", "Ann", ["\\boxed{ann}"], ["\\boxed{nan}", "\\boxed{Ann} \\boxed{Bo}"]),
+        ("words_reward", "red and blue", ["\\boxed{blue, red}", "\\boxed{red}, \\boxed{blue}"], ["\\boxed{red}"]),
+        (
+            "words_reward",
+            KNIGHTS,
+            ["\\boxed{Knaves: Bo; Knights: Ann}", "\\boxed{Ann: knight}, \\boxed{Bo: knave}"],
+            ["\\boxed{Ann}"],
+        ),
+        ("math_reward", "1/2", ["\\boxed{0.5}"], ["\\boxed{2}"]),
+    ],
+)
+def test_rewards_by_name(name, gold, right, wrong):
+    """By its flag, as a method file's function and alone; the default is the one of the gold."""
+    function = getattr(common, name)
+    by_flag = load_grader(common.RunConfig(reward=name), common.math_reward)
+    by_file = load_grader(common.RunConfig(reward=f"{ROOT}/core/rewards.py:{name}"), common.math_reward)
+    assert by_flag == by_file == load_grader(common.RunConfig(), function)
+    assert (by_flag == VERIFIER) == (name == "math_reward")
+    for grader in (by_flag, VERIFIER):
+        question = dataclasses.replace(problem("q", answer=gold), grader=grader)
+        texts = [*right, *wrong]
+        found, errors = grade([question] * len(texts), texts)
+        assert [g.reward for g in found] == [1.0] * len(right) + [0.0] * len(wrong) and not errors
+        assert [function(question, text) for text in texts] == [g.reward for g in found]
+
+
+def test_named_words_are_no_mathematics():
+    """A word that looks like a product, and a value in another notation."""
+    for gold, said in (("xy", "yx"), ("0.5", "\\frac12"), ("abc", "a*b*c")):
+        assert common.math_reward(problem("q", answer=gold), f"\\boxed{{{said}}}") == 1
+        assert common.words_reward(problem("q", answer=gold), f"\\boxed{{{said}}}") == 0
+        assert common.words_reward(problem("q", answer=gold), f"\\boxed{{{gold}}}") == 1
+
+
 @pytest.mark.parametrize("name, text", [("slow", "hang"), ("broken", ""), ("nothing", "x"), ("crash", "x")])
 def test_what_breaks_earns_nothing_and_is_counted(name, text, own, capsys):
     """And the next one works."""
@@ -175,6 +228,30 @@ def test_a_trace_that_is_solved_but_for_rounding_is_kept(own, tmp_path):
     tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"problem": "1+1", "solution": "2"}) + "\n")
     assert len(common.load_problems(str(path), tokenizer, require_expert=True, grader=own("tenths"))) == 1
+
+
+def test_a_named_reward_reads_its_golds(tmp_path, capsys):
+    """Others are counted drops; traces get their box and are checked, as by default."""
+    tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
+    asked = {"problem": "1+1", "meta": NUMBERS}
+    found = [asked | {"solution": "8/2+1", "answer": "8/2+1"}, asked | {"solution": "8-2", "answer": "8-2"}]
+    found += [{"problem": "1+1", "answer": "2", "solution": "2"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, kept in (("countdown_reward", 1), ("words_reward", 1), ("math_reward", 2)):
+        grader = load_grader(common.RunConfig(reward=name), common.math_reward)
+        problems = common.load_problems(str(path), tokenizer, require_expert=True, grader=grader)
+        said = capsys.readouterr().out
+        assert len(problems) == kept and all("boxed" in tokenizer.decode(p.expert_ids) for p in problems)
+        assert ("answer that the verifier cannot read" in said) == (name != "math_reward")
+
+
+def test_a_run_with_a_named_reward(tmp_path):
+    """It stands in config and settings, so that eval.py of the trained model takes it too."""
+    data, out = rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    train("grpo", *SMALL, "--data", data, "--test_data", data, "--reward", "words_reward", "--out", out)
+    assert json.loads((out / "config.json").read_text())["flags"]["reward"] == "words_reward"
+    run_script("eval.py", "--model", str(out / "final"), "--data", data, "--samples", "1", "--max_tokens", "5")
+    assert json.loads((out / "final/eval/report.json").read_text())["rows"]["protocol"]["reward"] == "words_reward"
 
 
 def test_a_function_that_never_works_is_a_sentence(own, tmp_path, capsys):

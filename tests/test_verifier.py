@@ -269,7 +269,7 @@ def test_worker_death_timeout_and_exception(monkeypatch):
     monkeypatch.setattr(verifier, "check_item", hang_or_crash)
     verifier.close_verifier()
     texts = [f"\\boxed{{{word}}}" for word in ("fine", "hang", "crash", "raise", "fine")]
-    scores, errors = verify(texts, ["gold"] * 5, time_limit=1.0)
+    scores, errors = verify(texts, [r"\frac17"] * 5, time_limit=1.0)
     assert scores == [1.0, 0.0, 0.0, 0.0, 1.0] and errors == 3
     verifier.close_verifier()
 
@@ -292,7 +292,7 @@ def test_hostile_boxes_do_not_stop_a_step():
     started = time.monotonic()
     scores, errors = verify(texts, [r"\frac12"] * 1000)
     assert scores == [float(i % 5 > 0) for i in range(1000)] and errors > 10
-    assert time.monotonic() - started < 40  # 10 on a machine of its own
+    assert time.monotonic() - started < 90  # 11 on a machine of its own
     assert verify([r"\boxed{0.5}"], [r"\frac12"]) == ([1.0], 0)
 
 
