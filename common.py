@@ -41,7 +41,7 @@ from core.model import (
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
 from core.records import RunLog, agree, finish, resume, save
-from core.rewards import RewardFn, countdown_reward, grade, load_grader, math_reward, words_reward
+from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
 
 
@@ -416,4 +416,4 @@ __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all
 __all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish", "math_reward", "countdown_reward", "words_reward"]
+__all__ += ["finish", "math_reward", "countdown_reward", "knights_reward", "words_reward"]

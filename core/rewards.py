@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from core.answers import words_right
+from core.answers import knights_right, words_right
 from core.processes import fail, first_line
 from core.verifier import answer_part, countdown_right, in_pool, verify
 
@@ -46,8 +46,13 @@ def countdown_reward(problem, completion: str) -> float:
     return verify([answer_part(completion, problem.thinks)], [problem.answer], right=countdown_right)[0][0]
 
 
+def knights_reward(problem, completion: str) -> float:
+    """1 where the box has each name as knight or knave, as in the answer, else 0."""
+    return verify([answer_part(completion, problem.thinks)], [problem.answer], right=knights_right)[0][0]
+
+
 def words_reward(problem, completion: str) -> float:
-    """1 where the box has the answer's words, or each name as knight or knave, else 0."""
+    """1 where the box has the answer's words, else 0."""
     return verify([answer_part(completion, problem.thinks)], [problem.answer], right=words_right)[0][0]
 
 
@@ -57,7 +62,8 @@ def math_reward(problem, completion: str) -> float:
 
 
 # What verify is given for them, whole batches at a time.
-COMPARED = {"math_reward": None, "countdown_reward": countdown_right, "words_reward": words_right}
+COMPARED = {"math_reward": None, "countdown_reward": countdown_right, "knights_reward": knights_right}
+COMPARED |= {"words_reward": words_right}
 
 
 def load_grader(run, reward_fn: RewardFn) -> Grader:

@@ -529,17 +529,13 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("grpo.py", 'state = {"model": policy, "optimizer": (policy, optimizer)}', 'state = {"model": policy}'),
     ("core/records.py", "if f.name.isdigit())", "if f.name[:1].isdigit())"),
     ("uft.py", "loss = loss + cfg.hint_coef * hint_loss", "loss = loss + hint_loss"),
-    ("core/answers.py", 'math_verify.parse(f"${text}$", **STRICT)', "math_verify.parse(text, **STRICT)"),
+    ("core/answers.py", "found = latex2sympy(text, is_real", "found = latex2sympy(text.split('^')[0], is_real"),
     (
         "core/verifier.py",
         "return [bool(next(verdicts)) if ask else known for ask, known in zip(asked, read, strict=True)]",
         "return [ask or known for ask, known in zip(asked, read, strict=True)]",
     ),
-    (
-        "core/answers.py",
-        "grader.verify(*read, timeout_seconds=None)",
-        "grader.verify(*read[::-1], timeout_seconds=None)",
-    ),
+    ("core/answers.py", "grader.verify(read(gold), read(said),", "grader.verify(read(said), read(gold),"),
     ("core/answers.py", "elif depth == 0:", "elif depth >= 0:"),
     ("core/answers.py", "return close(a, b) or (one_percent and close(bare_a, bare_b))", "return close(a, b)"),
     ("core/answers.py", "1.000001e-6 if decimal", "1.000001e-3 if decimal"),
@@ -566,13 +562,13 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/verifier.py", "timeout=time_limit)", "timeout=None)"),
     ("core/answers.py", 'lambda m: re.sub(r"\\D", "", m[0])', "lambda m: m[0]"),
-    ("core/verifier.py", "errors.append(first_line(error))", "pass"),
+    ("core/verifier.py", "errors += [first_line(error)] if error else []", "pass"),
     (
         "core/records.py",
         "generation.eos_token_id = ends if len(ends) > 1 else ends[0]",
         "generation.eos_token_id = ends[0]",
     ),
-    ("core/verifier.py", "elif plain_integer(box) and plain_integer(answer.strip()):", "elif False:"),
+    ("core/verifier.py", "elif len(different) == 1 and plain_integer(box) and", "elif False and"),
     ("bread.py", "    loss = -(w * v * surrogate).sum()", "    loss = (w * v * surrogate).sum()"),
 ]
 SURVIVORS: dict[tuple[str, str], str] = {}  # (file, the line as it is): why no test can see it

@@ -108,6 +108,12 @@ NUMBERS = {"target": 5, "nums": [8, 2, 1]}
             ["\\boxed{\\text{PARIS}}", "\\boxed{paris} \\boxed{Paris}"],
             ["Paris", "\\boxed{sirap}"],
         ),
+        (
+            "knights_reward",
+            KNIGHTS,
+            ["\\boxed{Knaves: Bo; Knights: Ann}"],
+            ["\\boxed{Ann is a knight}", "\\boxed{Ann}"],
+        ),
         ("words_reward", "Ann", ["\\boxed{ann}"], ["\\boxed{nan}", "\\boxed{Ann} \\boxed{Bo}"]),
         ("words_reward", "red and blue", ["\\boxed{blue, red}", "\\boxed{red}, \\boxed{blue}"], ["\\boxed{red}"]),
         (
@@ -235,9 +241,10 @@ def test_a_named_reward_reads_its_golds(tmp_path, capsys):
     tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
     asked = {"problem": "1+1", "meta": NUMBERS}
     found = [asked | {"solution": "8/2+1", "answer": "8/2+1"}, asked | {"solution": "8-2", "answer": "8-2"}]
-    found += [{"problem": "1+1", "answer": "2", "solution": "2"}]
+    found += [{"problem": "1+1", "answer": "2", "solution": "2"}, {"problem": "Who?", "answer": KNIGHTS}]
+    found[-1]["solution"] = f"So it is.\n{KNIGHTS}"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    for name, kept in (("countdown_reward", 1), ("words_reward", 1), ("math_reward", 2)):
+    for name, kept in (("countdown_reward", 1), ("knights_reward", 1), ("words_reward", 2), ("math_reward", 3)):
         grader = load_grader(common.RunConfig(reward=name), common.math_reward)
         problems = common.load_problems(str(path), tokenizer, require_expert=True, grader=grader)
         said = capsys.readouterr().out
