@@ -197,9 +197,7 @@ def roles(text: str) -> set[tuple[str, str]]:
 
 
 def words_right(gold: str, boxes: list[str]) -> bool:
-    """Whether each box has the words of a gold, or all together, in any case, font and order of
-    parts. Of knights and knaves whether they give every name its role.
-    """
+    """Whether each box, or all together, say the words of a gold, or give each name its role."""
     if IS_ROLE.search(gold):
         return roles(gold) == set().union(*map(roles, boxes))
     texts = [rewritten(text, TYPE).casefold() for text in (gold, ", ".join(boxes), *boxes)]
