@@ -202,9 +202,7 @@ def knights_right(gold: str, boxes: list[str]) -> bool:
 
 
 def words_right(gold: str, boxes: list[str]) -> bool:
-    """Whether each box has the words of a gold, or all together, in any case, font and order of
-    parts.
-    """
+    """Whether each box, or all together, say the words of a gold, or give each name its role."""
     if IS_ROLE.search(gold):
         return knights_right(gold, boxes)
     texts = [rewritten(text, TYPE).casefold() for text in (gold, ", ".join(boxes), *boxes)]

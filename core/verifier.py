@@ -149,9 +149,8 @@ def calm() -> None:
     """As a worker begins: signals to the run's group are not its, and memory ends 2 GB above."""
     os.setpgrp()
     if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 2**31
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        forked = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (forked + 2**31, resource.RLIM_INFINITY))
 
 
 def timed(function: Callable, *item: object) -> tuple[object, float]:

@@ -273,7 +273,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/answers.py", "return [] if contradicts(found) else [found]", "return [found]"),
     ("core/rewards.py", "progress, right)", "progress)"),
     ("core/verifier.py", "if spent > 0.5 else 0.0", "if spent > 99 else 0.0"),
-    ("core/verifier.py", "resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))", "pass"),
+    ("core/verifier.py", "resource.setrlimit(resource.RLIMIT_AS, (forked + 2**31, resource.RLIM_INFINITY))", "pass"),
     ("core/data.py", "golds_parse(answers, right=COMPARED.get(asking.grader.kind))", "golds_parse(answers)"),
     ("core/rewards.py", "float(weight) * float(value)", "float(value)"),
     ("core/rewards.py", "Grade(0.0) if result is None", "Grade(1.0) if result is None"),

@@ -143,9 +143,11 @@ def test_rewards_by_name(name, gold, right, wrong):
 def test_named_words_are_no_mathematics():
     """A word that looks like a product, and a value in another notation."""
     for gold, said in (("xy", "yx"), ("0.5", "\\frac12"), ("abc", "a*b*c")):
-        assert common.math_reward(problem("q", answer=gold), f"\\boxed{{{said}}}") == 1
-        assert common.words_reward(problem("q", answer=gold), f"\\boxed{{{said}}}") == 0
-        assert common.words_reward(problem("q", answer=gold), f"\\boxed{{{gold}}}") == 1
+        question, texts = problem("q", answer=gold), [f"\\boxed{{{said}}}", f"\\boxed{{{gold}}}"]
+        for name, wanted in (("math_reward", [1, 1]), ("words_reward", [0, 1])):
+            assert [getattr(common, name)(question, text) for text in texts] == wanted
+            named = dataclasses.replace(question, grader=load_grader(common.RunConfig(reward=name), common.math_reward))
+            assert [found.reward for found in grade([named] * 2, texts)[0]] == wanted
 
 
 @pytest.mark.parametrize("name, text", [("slow", "hang"), ("broken", ""), ("nothing", "x"), ("crash", "x")])
