@@ -100,7 +100,8 @@ def parse(config: type) -> object:
             fail(f"--resume {flags['resume']} is a run of {script}.py, not of {Path(sys.argv[0]).stem}.py")
     else:
         path = Path(resolve_model(flags["model"])) / "settings.json"
-        taken = read_settings(path, Path(sys.argv[0]).stem)
+        taken = read_settings(path)
+        taken |= taken.pop(Path(sys.argv[0]).stem, {})
     taken = {k: tuple(v) if isinstance(v, list) else v for k, v in taken.items() if k in flags}
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
     cfg = with_flags(cfg, {"resume": flags["resume"]}) if "resume" in flags else cfg
@@ -123,11 +124,14 @@ def with_flags(cfg: object, flags: dict[str, object]) -> object:
     return dataclasses.replace(cfg, **own)
 
 
-def read_settings(path: Path, script: str) -> dict[str, object]:
-    """A model folder's settings.json; the section of the script's name wins; empty without one."""
+def read_settings(path: Path) -> dict[str, object]:
+    """A model folder's settings.json, with whole paths for those relative to it; or nothing."""
     settings = read_json(path.read_bytes(), path) if path.is_file() else {}
-    settings |= settings.pop(script, {})
-    return settings | {k: beside(path, settings[k]) for k in ("data", "test_data", "reward") if k in settings}
+    for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        for name in section.keys() & {"data", "test_data", "reward"}:
+            files = [str((path.parent / file).resolve()) for file in section[name].split(",") if file]
+            section[name] = ",".join(files)
+    return settings
 
 
 def read_json(text: bytes, place: object, *names: str) -> dict:
@@ -137,8 +141,3 @@ def read_json(text: bytes, place: object, *names: str) -> dict:
         return found | {name: found[name] for name in names}
     except (ValueError, TypeError, KeyError) as error:
         fail(f"{place} is damaged ({first_line(error)}): take it out, or put a whole copy in its place")
-
-
-def beside(path: Path, names: str) -> str:
-    """Names of files, separated by commas, that a settings.json gives relative to its folder."""
-    return ",".join(str((path.parent / name).resolve()) for name in names.split(",") if name)

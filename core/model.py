@@ -201,8 +201,7 @@ class Policy(nn.Module):
         name, config = type(model).__name__, model.config.get_text_config()
         if not hasattr(model.get_decoder(), "layers"):
             fail(f"{name} cannot be trained here: its layers are not in a list, by which it could be sharded")
-        other = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
-        if other:
+        if other := {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}:
             fail(f"{name} cannot be trained here: {' and '.join(sorted(other))} looks over the borders of packed rows")
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.model, self.scale, self.cap = model, scale, getattr(config, "final_logit_softcapping", None)
@@ -228,8 +227,7 @@ class Policy(nn.Module):
             checkpoint(self.head, h, t, temperature, entropy_grad, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
-        logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-        return logprobs, entropy
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         """(M, hidden size) -> as forward, at least in fp32."""
@@ -257,15 +255,11 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()
     mesh = init_device_mesh(world.device.type, (world.size,))
-    mixed = MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtypes = (torch.bfloat16, torch.float32) if world.device.type == "cuda" else ()  # of the forward, of reductions
     for module in [*model.get_decoder().layers, policy]:
-        fully_shard(module, mesh=mesh, mp_policy=mixed)
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # losses are divided by counts over ranks: gradients add up
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*dtypes))
+        module.set_gradient_divide_factor(1.0)  # losses are divided by counts over ranks: gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
     return policy
 
 
@@ -293,10 +287,8 @@ def follow(slow: Policy, fast: Policy, decay: float = 0.0, part: str = "") -> No
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the gradients' norm over all shards (0: never). Returns the norm before (collective)."""
-    parameters = [p for p in parameters if p.grad is not None]
-    if max_norm > 0:
-        return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    limit = max_norm if max_norm > 0 else torch.inf
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> float:

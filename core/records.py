@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import torch.distributed.checkpoint.state_dict as sharded
 import transformers
 from torch import Tensor, nn
 
-from core.config import beside, flat, read_json, resolve_model
+from core.config import flat, read_json, read_settings, resolve_model
 from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
 from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
@@ -62,9 +61,8 @@ class RunLog:
         self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
         self.recent: list[dict] = []  # the lines of at most five steps
         self.out = open_folder(cfg, script, world)
-        if world.rank == 0 and cfg.run.wandb:
-            wandb = importlib.import_module("wandb")  # the one optional package
-            self.wandb = wandb.init(project="sft-rl", name=self.out.name, config=flat(cfg))
+        if world.rank == 0 and cfg.run.wandb:  # the one optional package
+            self.wandb = importlib.import_module("wandb").init(project="sft-rl", name=self.out.name, config=flat(cfg))
         print0(f"run {self.out} on {world.size} x {world.device.type}")
 
     def phase(self, name: str) -> None:
@@ -95,9 +93,7 @@ class RunLog:
         """End the run before an update that is not finite, or leave it out (collective)."""
         terms = [(name, float(value), ids) for name, value, ids in self.terms]
         mine = [(not math.isfinite(v), abs(v), f"{k} {v:.3g} on rank {self.world.rank} of {i}") for k, v, i in terms]
-        parts: list = [None] * self.world.size
-        dist.all_gather_object(parts, max(mine, default=(False, 0.0, "not known")))
-        bad, _, largest = max(parts)
+        bad, _, largest = max(gather([max(mine, default=(False, 0.0, "not known"))], self.world))
         if math.isfinite(norm) and not bad:
             return
         self.skipped, self.skip, most = self.skipped + 1, True, self.cfg.run.skip_nonfinite
@@ -119,17 +115,18 @@ class RunLog:
     def step(self, step: int) -> None:
         """Reduce over ranks, print, write to the files, and start anew (collective)."""
         self.phase("")
-        totals = self.reduced()
+        totals: dict[str, float] = {}
+        for part in gather([{name: float(value) for name, value in self.totals.items()}], self.world):
+            combine(totals, part)
         counts = {name.removesuffix("/count"): n for name, n in totals.items() if name.endswith("/count")}
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
         line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
         line |= {name: totals[f"{name}/sum"] / n for name, n in counts.items() if n}
         line |= {"skipped_nonfinite": self.skipped} if self.skipped else {}
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
-        for phase in ("update", "rollouts"):
+        for phase, tokens in (("update", "trained_tokens"), ("rollouts", "sampled_tokens")):
             if self.seconds.get(phase):
-                tokens = line.get({"update": "trained_tokens", "rollouts": "sampled_tokens"}[phase], 0.0)
-                line[f"tokens_per_second_{phase}"] = round(tokens / self.seconds[phase], 1)
+                line[f"tokens_per_second_{phase}"] = round(line.get(tokens, 0.0) / self.seconds[phase], 1)
         line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
         self.append("metrics.jsonl", [line])
         self.append("samples.jsonl", [{"step": step, **sample} for sample in self.samples])
@@ -150,38 +147,21 @@ class RunLog:
                 print0(f"steps up to {line['step']}: {meaning} ({name} {sum(values) / len(values):.3f})")
         self.recent = self.recent[len(self.recent) // 5 * 5 :]
 
-    def reduced(self) -> dict[str, float]:
-        """The totals over all ranks (collective)."""
-        parts: list = [None] * self.world.size
-        dist.all_gather_object(parts, {name: float(value) for name, value in self.totals.items()})
-        total: dict[str, float] = {}
-        for part in parts:
-            combine(total, part)
-        return total
-
     def append(self, file: str, lines: list[dict]) -> None:
         """Append JSON lines to a file of the run's folder, on rank 0."""
         if self.world.rank == 0:
             with open(self.out / file, "a") as out:
                 out.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def last(self, step: int) -> None:
-        """The line of a finished run: what the final policy was measured at."""
-        self.append("metrics.jsonl", [{"step": step, **self.values}])
-        values = "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in self.values.items())
-        print0(f"step {step:>4}/{self.cfg.steps} | done{values}")
-
     def rewind(self, step: int) -> None:
         """Forget what a killed run wrote after its last checkpoint; these steps are run again."""
-        for name in ("metrics.jsonl", "samples.jsonl") if self.world.rank == 0 else ():
-            path = self.out / name
-            if path.exists():
-                *lines, cut = path.read_bytes().split(b"\n")
-                if cut:
-                    print0(f"{path}: the last line, which a kill cut short, is dropped")
-                steps = [read_json(line, f"{path}:{n}", "step")["step"] for n, line in enumerate(lines, 1)]
-                kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at < step]
-                write_atomic(path, b"".join(kept).decode())
+        paths = [self.out / name for name in ("metrics.jsonl", "samples.jsonl")] if self.world.rank == 0 else []
+        for path in filter(Path.exists, paths):
+            *lines, cut = path.read_bytes().split(b"\n")
+            if cut:
+                print0(f"{path}: the last line, which a kill cut short, is dropped")
+            kept = [line for n, line in enumerate(lines, 1) if read_json(line, f"{path}:{n}", "step")["step"] < step]
+            write_atomic(path, b"".join(line + b"\n" for line in kept).decode())
 
 
 def combine(totals: dict, terms: dict) -> None:
@@ -220,22 +200,24 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 # The folder ---------------------------------------------------------------------------------------
-def agree(cfg, *data: list) -> tuple[list, ...]:
+def agree(cfg, train: list, test: list) -> tuple[list, list]:
     """The problems of a run, which takes their hash; it ends where another rank has others, or the
     run that is resumed had (collective).
     """
     digest, run = hashlib.sha256(), cfg.run
-    for p in chain(*data):
+    for p in [*train, *test]:
         digest.update(repr((p.id, p.prompt_ids, p.answer, p.expert_ids)).encode())
     found = once(digest.hexdigest, digest.hexdigest())
     if run.data_hash not in ("", found):
         fail(f"--resume {run.resume} began with other problems than --data {run.data} and --test_data now give")
     cfg.run = replace(run, data_hash=found)
-    return data
+    return train, test
 
 
 def take_lock(out: Path) -> str:
-    """Lock a run's folder for the life of this process; or the sentence that says who has it."""
+    """Make a run's folder and lock it while this process lives; or the sentence of who has it."""
+    doing[0] = f"opening --out {out}"
+    out.mkdir(parents=True, exist_ok=True)
     path, host, locked = out / "lock", platform.node(), True
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open; of a process that was killed the kernel closes it
     try:
@@ -255,13 +237,8 @@ def take_lock(out: Path) -> str:
 
 def open_folder(cfg: object, script: str, world: World) -> Path:
     """The run's folder, with config.json and a copy of all that runs; no old run is overwritten."""
-    name = f"{Path(script).stem}-{Path(cfg.run.model).name}-{time.strftime('%m%d-%H%M%S')}"
-    chosen = [cfg.run.out or str(Path("runs") / name)]
-    dist.broadcast_object_list(chosen, 0)  # all ranks agree on the time in the name
-    out = Path(chosen[0])
-    if world.rank == 0:
-        doing[0] = f"opening --out {out}"
-        out.mkdir(parents=True, exist_ok=True)
+    name = f"runs/{Path(script).stem}-{Path(cfg.run.model).name}-{time.strftime('%m%d-%H%M%S')}"
+    out = Path(cfg.run.out or once(lambda: name))  # all ranks agree on the time
     if taken := once(lambda: take_lock(out)):
         fail(taken)
     if not cfg.run.resume and (out / "metrics.jsonl").exists():
@@ -278,31 +255,23 @@ def open_folder(cfg: object, script: str, world: World) -> Path:
 
 def describe_run(cfg: object) -> dict:
     """What is needed to make a run again: flags, command, commit, versions, hardware, data hash."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
     files, cuda = [Path(name) for name in cfg.run.data.split(",")], torch.cuda.is_available()
     return {
         "flags": flat(cfg),
         "argv": sys.argv,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers)}
-        | {"python": platform.python_version()},
+        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
+        "dirty": bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": platform.python_version()},
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
         "data_sha256": [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files],
     }
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-def collect(state: State) -> dict[str, dict]:
-    """The sharded tensors of a state, under names that do not depend on the number of ranks."""
-    return {
-        name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else sharded.get_model_state_dict(e)
-        for name, e in state.items()
-    }
+def collect(state: State) -> dict[str, nn.Module | dict]:
+    """What DCP takes: models as they are, the rest under names that no number of ranks changes."""
+    return {name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else e for name, e in state.items()}
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -353,10 +322,9 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     if folder.exists():
         return
     log.phase("saving")
-    found: list = [""] * log.world.size
-    dist.all_gather_object(found, "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module)))
-    if any(found):
-        fail(f"step {step}: the weight {max(found)} is not finite; no checkpoint was written, the last ones are whole")
+    mine = "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module))
+    if broken := max(gather([mine], log.world)):
+        fail(f"step {step}: the weight {broken} is not finite; no checkpoint was written, the last ones are whole")
     if log.world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -388,12 +356,10 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found).read_metadata().state_dict_metadata}
         stepped = {name: entry for name, entry in state.items() if name in saved}
         loaded = collect(stepped)
-        dcp.load(loaded, checkpoint_id=found)
+        dcp.load(loaded, checkpoint_id=found)  # and gives the models theirs
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
                 sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
-            else:
-                sharded.set_model_state_dict(entry, loaded[name])
         extra = json.loads((found / "state.json").read_text())
         if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
             fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")
@@ -417,7 +383,9 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
     """
     if step == log.cfg.steps:
         log.phase("exporting")
-        log.last(step)
+        log.append("metrics.jsonl", [{"step": step, **log.values}])  # what the final policy was measured at
+        values = "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in log.values.items())
+        print0(f"step {step:>4}/{step} | done{values}")
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
         print0(f"stopped at step {step}; continue with --resume {log.out}")
@@ -442,12 +410,9 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         model.config.save_pretrained(final)
         generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published
         tokenizer.save_pretrained(final)
-        path = Path(resolve_model(run.model)) / "settings.json"
-        settings = read_json(path.read_bytes(), path) if path.is_file() else {}
+        settings = read_settings(Path(resolve_model(run.model)) / "settings.json")
         asked = {name: getattr(run, name) for name in ("template", "template_args", "system", "request")}
         settings |= {name: value for name, value in asked.items() if value not in ("auto", None)}
-        for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            section |= {k: beside(path, section[k]) for k in ("data", "test_data", "reward") if k in section}
         if run.reward:
             settings |= {"reward": f"../{Path(run.reward).name}", "solved": run.solved}  # the copy beside config.json
         (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")  # asks as this run did

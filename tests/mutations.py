@@ -523,8 +523,11 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "core/model.py",
-        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))",
-        "return torch.nn.utils.get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in parameters])",
+        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit))",
+        (
+            "grads = [getattr(p.grad, '_local_tensor', p.grad) for p in parameters if p.grad is not None]\n"
+            "    return torch.nn.utils.get_total_norm(grads)"
+        ),
     ),
     ("grpo.py", 'state = {"model": policy, "optimizer": (policy, optimizer)}', 'state = {"model": policy}'),
     ("core/records.py", "if f.name.isdigit())", "if f.name[:1].isdigit())"),
