@@ -262,7 +262,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("relift.py", "any(r.solved for r in group) else", "any(r.reward for r in group) else"),
     ("hpt.py", "failed = [sum(r.solved for r", "failed = [sum(r.reward for r"),
     ("core/rewards.py", "self.solved - 1e-6", "1 - 1e-6"),
-    ("core/data.py", "if not p.grader.solves(found.reward)", "if found.reward < p.grader.solved"),
+    ("core/data.py", "if not problem.grader.solves(found.reward)", "if found.reward < problem.grader.solved"),
     # what is right
     ("core/answers.py", "return sympy.solve(*equation) or [sympy.Dummy()]", "return sympy.solve(*equation)"),
     (
