@@ -14,7 +14,6 @@ NORMAL = NormalizationConfig(units=False, malformed_operators=True, nits=True, b
 VALUES = grader.sympy_numeric_eq
 
 # Notation -----------------------------------------------------------------------------------------
-
 LATEX = (
     r"\times |\div |\sqrt|\sqrt[3]|^\circ |\infty |\approx |\pm |\cup |\cap |\in |\emptyset |\le |\ge |\ne |"
     r"\cdot |\cdot |\cdot |*|/|-|-|-"
@@ -102,7 +101,6 @@ def latex(text: str, letter_is_unit: bool) -> str:
 
 
 # Reading ------------------------------------------------------------------------------------------
-
 LOST = re.compile(  # what the parser drops, or takes for a product: equal only where it is written alike
     r"(?<=[a-zA-Z)}])'|\\ldots|⊕|\d\)? ?_|\^ ?\{? ?T(?![a-z])|\.\d+\.\d|%.*\w|:.*:|(?<!\d)0[xX][0-9A-F]|"
     r"\\frac ?\{ ?(?:d|\\partial)[^{}]*\} ?\{ ?(?:d|\\partial) ?[a-zA-Z]|"  # a derivative
@@ -135,7 +133,6 @@ def contradicts(found: sympy.Basic) -> bool:
 
 
 # Words, letters and roles -------------------------------------------------------------------------
-
 CHOICE = re.compile(  # `E`, `(E)`, `E) 12` or `E: text`, but not with a second letter behind it
     r"(?:(?i:option|choice|answer) )?\(?([A-J])(?:\)|(?=[.:]|$))"
     r"(?![ .:]*(?:(?:and|or)\b|[,;&/]|(?:.*[ (])?[A-J](?:[).:]|$))).*"
@@ -202,7 +199,7 @@ def knights_right(gold: str, boxes: list[str]) -> bool:
 
 
 def words_right(gold: str, boxes: list[str]) -> bool:
-    """Whether each box, or all together, say the words of a gold, or give each name its role."""
+    """Whether each box, or all together, has the words of a gold, in any case, font and order."""
     if IS_ROLE.search(gold):
         return knights_right(gold, boxes)
     texts = [rewritten(text, TYPE).casefold() for text in (gold, ", ".join(boxes), *boxes)]

@@ -202,31 +202,17 @@ def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
     said, system = turns(found["problem"]), turns(row.get("system") or None, "system")
     if said and all(m["role"] != "system" for m in said):
         found["problem"] = [*system, *said]
-    found = plain_answer(found, "solution" in names)
-    return {field: value for field, value in found.items() if value not in (None, "", [])}
-
-
-def try_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
-    """read_fields; of a row whose columns have other types than its schema says only the reason."""
-    try:
-        return read_fields(row, names)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        return {"unreadable": f"columns of other types than their schema has ({first_line(error)})"}
-
-
-def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, object]:
-    """The answer as a string: out of `#### n`, of the solution's box, of a list of its parts."""
-    answer, solution = found["answer"], found["solution"]
+    answer = found["answer"]
     if "####" in str(answer):  # GSM8K as its authors ship it
-        solution = solution if solution_named else answer
+        found["solution"] = found["solution"] if "solution" in names else answer
         answer = str(answer).split("####")[-1].strip().replace(",", "")
     answer = None if answer != answer else answer  # JSON's NaN
-    if answer is None and isinstance(solution, str):  # MATH
-        answer = last_box(solution)
+    if answer is None and isinstance(found["solution"], str):  # MATH
+        answer = last_box(found["solution"])
     if isinstance(answer, list):  # OlympiadBench
         answer = ", ".join(map(str, answer))
-    answer = answer if answer is None or isinstance(answer, (str, dict)) else str(answer)
-    return found | {"answer": answer, "solution": solution}
+    found["answer"] = answer if answer is None or isinstance(answer, (str, dict)) else str(answer)
+    return {field: value for field, value in found.items() if value not in (None, "", [])}
 
 
 # Prompts ------------------------------------------------------------------------------------------
@@ -308,8 +294,8 @@ def fill(messages: list[dict], asking: Asking) -> str:
     return text
 
 
-def ask(problem: str | list[dict], asking: Asking) -> list[dict]:
-    """The turns of a question: its system turn, and the request where no turn asks for a box."""
+def render(problem: str | list[dict], asking: Asking) -> tuple[str, list[int]]:
+    """A question's prompt, with its system turn and request for a box: text with CUTs, and ids."""
     said, system = turns(problem), asking.system
     if system is None and asking.template == "think" and all(m["role"] != "system" for m in said):
         system = THINK_REQUEST
@@ -321,13 +307,7 @@ def ask(problem: str | list[dict], asking: Asking) -> list[dict]:
         said[users[-1]] = {"role": "user", "content": request.replace("{problem}", said[users[-1]]["content"])}
     if asking.folds and len(said) > 1 and said[0]["role"] == "system" and said[1]["role"] == "user":
         said[:2] = [{"role": "user", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
-    return said
-
-
-def render(problem: str | list[dict], asking: Asking) -> tuple[str, list[int]]:
-    """A question's prompt as text with CUTs, and as ids."""
-    said = [m | {"content": cut_control(m["content"], asking.tokenizer)} for m in ask(problem, asking)]
-    text = fill(said, asking)
+    text = fill([m | {"content": cut_control(m["content"], asking.tokenizer)} for m in said], asking)
     return text, encode(text, asking.tokenizer)
 
 
@@ -380,13 +360,6 @@ def alike(run: RunConfig, problems: list[Problem]) -> RunConfig:
 
 # Traces -------------------------------------------------------------------------------------------
 CALCULATOR = re.compile(r"<<[-+*/=().,%$^x\d\s]+>>")  # GSM8K's marks: 48/2 = <<48/2=24>>24
-
-
-def bare_trace(solution: str, tokenizer: Tokenizer, thinks: bool) -> str:
-    """A trace without control tokens at its end, calculator marks, and its prompt's own <think>."""
-    solution = re.sub(rf"(({control_tokens(tokenizer).pattern})\s*)+\Z", "", solution)
-    solution = CALCULATOR.sub("", solution)
-    return re.sub(r"\s*<think>\n*", "", solution, count=1) if thinks and opens(solution) else solution
 
 
 def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
@@ -495,10 +468,7 @@ def regroup(ends: list[int], pieces: int) -> list[int]:
 def load_problems(
     name: str, tokenizer: Tokenizer, template: str = "auto", split: str = "train", **flags
 ) -> list[Problem]:
-    """Read, render and check a data set by flags, the fields of Asking.
-
-    A row is kept, or counted with the reason it is not.
-    """
+    """Read, render and check a data set by the fields of Asking; drops are counted by reason."""
     rows, asking = read_rows(name, split), choose_asking(tokenizer, template, **flags)
     names = dict(pair.split("=", 1) for pair in asking.columns.replace("expert=", "solution=").split())
     for column in names.values():
@@ -506,26 +476,36 @@ def load_problems(
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
     graded = not asking.grader.source and (asking.check_traces or asking.need_answers or not asking.require_expert)
     needed = ["problem", *["answer"] * graded, *["solution"] * asking.require_expert]
-    fields = [try_fields(row, names) for _, row in rows]
+    fields = []
+    for _, row in rows:
+        try:
+            fields.append(read_fields(row, names))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            fields.append({"unreadable": f"columns of other types than their schema has ({first_line(error)})"})
     answers = [found.get("answer", "0") if graded else "0" for found in fields]  # 0: nothing to read
     golds = once(lambda: golds_parse(answers, right=COMPARED.get(asking.grader.kind)), len(answers))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
     kept, dropped = {}, defaultdict(list)  # id: (where, problem), and reason: where
     for number, ((where, row), found, readable) in enumerate(zip(rows, fields, golds, strict=True), 1):
+        own = str(row.get("id", where.rsplit(":", 1)[-1]))
         if missing := [field for field in needed if field not in found]:
             problem = found.get("unreadable") or f"no {' and no '.join(missing)}"
+        elif not readable:
+            problem = "answer that the verifier cannot read"
         else:
-            problem = make_problem(row, found, asking) if readable else "answer that the verifier cannot read"
+            problem = make_problem(own if own not in kept else f"{own}#{number}", row, found, asking)
         if isinstance(problem, str):
             dropped[problem].append(where)
-            continue
-        own = str(row.get("id", where.rsplit(":", 1)[-1]))
-        problem = replace(problem, id=own if own not in kept else f"{own}#{number}")
-        kept[problem.id] = where, problem
+        else:
+            kept[problem.id] = where, problem
     if asking.require_expert and asking.check_traces:
-        for problem in unsolved([problem for _, problem in kept.values()], tokenizer):
-            dropped["expert trace that the verifier rejects"].append(kept.pop(problem.id)[0])
+        traced = [problem for _, problem in kept.values()]
+        texts = [completion_text(problem.expert_ids, tokenizer) for problem in traced]
+        grades, _ = once(lambda: grade(traced, texts, progress="checking expert traces"), len(texts))
+        for problem, found in zip(traced, grades, strict=True):
+            if not problem.grader.solves(found.reward):
+                dropped["expert trace that the verifier rejects"].append(kept.pop(problem.id)[0])
     problems = [problem for _, problem in kept.values()]
     drops = "; ".join(f"{len(places)} dropped: {reason} (first {places[0]})" for reason, places in dropped.items())
     print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
@@ -543,7 +523,7 @@ def load_problems(
     return problems
 
 
-def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
+def make_problem(name: str, row: dict, found: dict, asking: Asking) -> Problem | str:
     """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
     said = turns(found["problem"])
     if not said or not (said[-1]["content"] or "").strip() or any(m["content"] is None for m in said):
@@ -567,10 +547,13 @@ def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
             return "expert trace that never closes its thought"
         if checked and not boxed(solution):
             notes.append("%d expert traces had no \\boxed{}; their answer was added in one")
-        solution = bare_trace(solution, asking.tokenizer, thinks)
+        control = control_tokens(asking.tokenizer)
+        solution = CALCULATOR.sub("", re.sub(rf"(({control.pattern})\s*)+\Z", "", solution))
+        if thinks and opens(solution):  # as its prompt does
+            solution = re.sub(r"\s*<think>\n*", "", solution, count=1)
         solution = with_box(solution, found["answer"], row, thinks) if checked else solution
-        if control := control_tokens(asking.tokenizer).search(solution):
-            return f"expert trace with the control token {control[0]} inside"
+        if inside := control.search(solution):
+            return f"expert trace with the control token {inside[0]} inside"
         encoded = asking.tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
         expert_ids = [*encoded.input_ids, asking.tokenizer.eos_token_id]
         if len(expert_ids) > asking.max_completion_tokens:
@@ -582,11 +565,4 @@ def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
     fields["score"] = found["score"] if isinstance(found.get("score"), (int, float)) else None
     fields["system"] = "\n\n".join(own) if own and asking.system is None else None
     fields["row"] = row if asking.grader.source else {}  # it would only take memory
-    return Problem("", said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)
-
-
-def unsolved(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
-    """Those whose expert trace does not solve them."""
-    texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
-    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), len(texts))
-    return [p for p, found in zip(problems, grades, strict=True) if not p.grader.solves(found.reward)]
+    return Problem(name, said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)

@@ -30,7 +30,7 @@ BRACES = re.compile(r"\\boxed\s{0,9}\{|\\(?!\\boxed\s{0,9}\{)[\\{}]|[{}]")  # \{
 BLANK = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\s")  # prints nothing: the box that a question shows
 LINE_END = re.compile(r"(?<!\\\\)(?<![,&\[$])\n")  # the lines of a display end otherwise
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "[": "(", "]": ")"}
+PLAIN = (*TYPE, (r"\\times|\\cdot", "*"), (r"\\div", "/"), (r"\[", "("), (r"\]", ")"))
 FRACTION = r"\\[dtc]?frac ?(?:\{([^{}]*)\} ?\{([^{}]*)\}|(\d)(\d))"
 MOST_BOXES = 16  # different ones in a text that are compared; with more it has no answer
 
@@ -38,18 +38,15 @@ MOST_BOXES = 16  # different ones in a text that are compared; with more it has 
 # Finding the answer -------------------------------------------------------------------------------
 def boxed(text: str) -> list[str]:
     r"""The contents of every closed, non-empty, outermost \boxed{...}, in order and in one pass."""
-    opened, spans, found = [], [], []
+    opened, spans = [], []
     for token in BRACES.finditer(text):
         if token[0][-1] == "{" and token[0] != r"\{":
             opened.append(token)
         elif token[0] == "}" and opened and (start := opened.pop())[0] != "{":
-            spans.append((start.end(), token.start()))
-    last = -1
-    for start, end in sorted(spans):
-        if start > last:
-            last = end
-            found.append(text[start:end].strip())
-    return [content for content in found if BLANK.sub("", content)]
+            while spans and spans[-1].start > start.end():  # boxes inside of this one
+                spans.pop()
+            spans.append(slice(start.end(), token.start()))
+    return [text[span].strip() for span in spans if BLANK.sub("", text[span])]
 
 
 def last_box(text: str) -> str | None:
@@ -88,9 +85,7 @@ def countdown_gold(answer: object) -> bool:
 
 def countdown_correct(equation: str, target: int, nums: list[int]) -> bool:
     """Whether an equation over + - * / hits the target and uses each number once. Never eval."""
-    equation = rewritten(equation, TYPE) if len(equation) <= 400 else ""
-    for latex, plain in SIGNS.items():
-        equation = equation.replace(latex, plain)
+    equation = rewritten(equation, PLAIN) if len(equation) <= 400 else ""
     while re.search(FRACTION, equation):  # innermost first
         equation = re.sub(FRACTION, r"((\1\3)/(\2\4))", equation)
     sides = [side.strip() for side in equation.split("=")]
@@ -135,7 +130,6 @@ def check_item(gold: str, prediction: str, *lines: tuple[str, ...]) -> bool:
 
 
 # Worker processes ---------------------------------------------------------------------------------
-
 _pool: pebble.ProcessPool | None = None
 _pool_lock = threading.Lock()
 
@@ -209,11 +203,10 @@ def golds_parse(answers: list[str | dict], time_limit: float = 5.0, right: Calla
     if right:
         numbers = right is countdown_right
         return [countdown_gold(a) if numbers else isinstance(a, str) and right(a, [a]) for a in answers]
-    read = [countdown_gold(answer) or (isinstance(answer, str) and plain_integer(answer.strip())) for answer in answers]
-    asked = [isinstance(answer, str) and not known for answer, known in zip(answers, read, strict=True)]
-    golds = [(answer, answer) for answer, ask in zip(answers, asked, strict=True) if ask]
-    verdicts = iter(in_pool(check_item, golds, time_limit, "reading answers")[0])
-    return [bool(next(verdicts)) if ask else known for ask, known in zip(asked, read, strict=True)]
+    asked = [a for a in answers if isinstance(a, str) and not plain_integer(a.strip())]
+    verdicts, _ = in_pool(check_item, [(a, a) for a in asked], time_limit, "reading answers")
+    read = dict(zip(asked, verdicts, strict=True))
+    return [bool(read.get(a, True)) if isinstance(a, str) else countdown_gold(a) for a in answers]
 
 
 def verify(

@@ -254,7 +254,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/model.py", "self.cap * torch.tanh(logits / self.cap) if self.cap else logits", "logits"),
     ("core/model.py", 'attention = "eager" if getattr', "attention = None if getattr"),
     ("core/model.py", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
-    ("core/verifier.py", "if start > last:", "if start >= 0:"),
+    ("core/verifier.py", "while spans and spans[-1].start > start.end():", "while False:"),
     # rewards
     ("bread.py", "success = sum(r.solved for r in group)", "success = sum(r.reward for r in group)"),
     ("bread.py", "if sum(r.solved for r in group)", "if sum(r.reward for r in group)"),
@@ -262,7 +262,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("relift.py", "any(r.solved for r in group) else", "any(r.reward for r in group) else"),
     ("hpt.py", "failed = [sum(r.solved for r", "failed = [sum(r.reward for r"),
     ("core/rewards.py", "self.solved - 1e-6", "1 - 1e-6"),
-    ("core/data.py", "if not p.grader.solves(found.reward)", "if found.reward < p.grader.solved"),
+    ("core/data.py", "if not problem.grader.solves(found.reward)", "if found.reward < problem.grader.solved"),
     # what is right
     ("core/answers.py", "return sympy.solve(*equation) or [sympy.Dummy()]", "return sympy.solve(*equation)"),
     (
@@ -535,8 +535,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/answers.py", "found = latex2sympy(text, is_real", "found = latex2sympy(text.split('^')[0], is_real"),
     (
         "core/verifier.py",
-        "return [bool(next(verdicts)) if ask else known for ask, known in zip(asked, read, strict=True)]",
-        "return [ask or known for ask, known in zip(asked, read, strict=True)]",
+        "return [bool(read.get(a, True)) if isinstance(a, str) else countdown_gold(a) for a in answers]",
+        "return [isinstance(a, str) or countdown_gold(a) for a in answers]",
     ),
     ("core/answers.py", "grader.verify(read(gold), read(said),", "grader.verify(read(said), read(gold),"),
     ("core/answers.py", "elif depth == 0:", "elif depth >= 0:"),
@@ -549,8 +549,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "core/verifier.py",
-        'return [content for content in found if BLANK.sub("", content)]',
-        'return [content for content in found if BLANK.sub("", content)] or re.findall(r"\\d+", text)',
+        'return [text[span].strip() for span in spans if BLANK.sub("", text[span])]',
+        'return [text[span].strip() for span in spans if BLANK.sub("", text[span])] or re.findall(r"\\d+", text)',
     ),
     (
         "core/verifier.py",
