@@ -292,7 +292,7 @@ def main(cfg: Config) -> None:
                 logprobs, _ = common.token_logprobs(policy, batch, cfg.temperature)
                 sft_loss = -common.token_mean(logprobs, batch.expert_mask, num_expert)
                 ((1 - lam) * sft_loss).backward()
-                log.add(sft_loss=sft_loss / cfg.updates_per_step)
+                log.add(batch.rollouts, sft_loss=sft_loss / cfg.updates_per_step)
             norm = common.clip_gradients(base, cfg.run.grad_clip)
             log.set(grad_norm=norm)
             log.set(lora_grad_norm=common.clip_gradients(adapter, cfg.run.grad_clip))

@@ -28,6 +28,7 @@ from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
+    checked_sync,
     clip_gradients,
     follow,
     full_tensor,
@@ -39,8 +40,8 @@ from core.model import (
     shard,
 )
 from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
-from core.records import RunLog, finish, resume, save
-from core.rewards import RewardFn, countdown_reward, grade, load_grader, math_reward, words_reward
+from core.records import RunLog, agree, finish, resume, save
+from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
 
 
@@ -50,7 +51,7 @@ def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bo
     grader, test = load_grader(cfg.run, reward_fn), cfg.run.test_data
     train = load_problems(cfg.run.data, tokenizer, require_expert=require_expert, grader=grader, **asked(cfg))
     cfg.run = alike(replace(cfg.run, reward=grader.source or grader.kind), train)  # so are the test, final/, eval.py
-    return train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else []
+    return agree(cfg, train, load_problems(test, tokenizer, split="test", grader=grader, **asked(cfg)) if test else [])
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
@@ -96,7 +97,7 @@ class Rollout:
     @property
     def solved(self) -> bool:
         """Whether the reward reaches --solved: success, however rewards are scaled."""
-        return self.reward >= self.problem.grader.solved - 1e-6
+        return self.problem.grader.solves(self.reward)
 
 
 def expert_rollout(problem: Problem, tokenizer: Tokenizer) -> Rollout:
@@ -110,7 +111,7 @@ class Sampler:
 
     def __init__(self, engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer, self.stop_ids = engine, tokenizer, engine.stop_ids
-        self.sleep, self.sync = engine.sleep, engine.sync  # free the device; take the trained weights (collective)
+        self.sleep, self.sync = engine.sleep, checked_sync(engine)  # free the device; take weights (collective)
 
     def generate(
         self,
@@ -314,11 +315,11 @@ def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", fill
 
 
 def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
-    """Rows by length, filled up to a budget of prompt + completion tokens (collective).
+    """Rows by length, filled up to a budget of prompt + completion tokens, 0: ours (collective).
 
     Every rank gets the same number, some of them fillers; none if no rank has a row.
     """
-    filled, used = [], 0
+    filled, used, max_tokens = [], 0, max_tokens or (2**11 if world.device.type == "cpu" else 2**14)
     for rollout in sorted(rollouts, key=lambda r: len(r.problem.prompt_ids) + len(r.completion_ids)):
         size = len(rollout.problem.prompt_ids) + len(rollout.completion_ids)
         if not filled or used + size > max_tokens:
@@ -403,7 +404,7 @@ def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: Worl
 
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
-    log.add(**{name: metric / updates for name, metric in metrics.items()}, trained_tokens=batch.completion_mask.sum())
+    log.add(batch.rollouts, **{k: v / updates for k, v in metrics.items()}, trained_tokens=batch.completion_mask.sum())
     gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
     log.add_mean("sampler_ratio", gap.tolist())
     log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())
@@ -415,4 +416,4 @@ __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all
 __all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish", "math_reward", "countdown_reward", "words_reward"]
+__all__ += ["finish", "math_reward", "countdown_reward", "knights_reward", "words_reward"]

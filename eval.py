@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from core.config import BOX_REQUEST, resolve_model
-from core.data import choose_template
+from core.data import choose_asking
 from core.model import window
 from core.records import write_atomic
 from core.rewards import Grader, load_grader
@@ -188,7 +188,7 @@ def describe(
         "samples": 1 if cfg.greedy else n,
         "temperature": 0.0 if cfg.greedy else cfg.temperature,
         "top_p": 1.0 if cfg.greedy else cfg.top_p,
-        "template": choose_template(cfg.template, tokenizer),
+        "template": choose_asking(tokenizer, cfg.template).template,
         "first_prompt": tokenizer.decode(problems[0].prompt_ids),
         "stop_ids": stop_ids,
         **{field: getattr(cfg, field) for field in f"{fields} sampler tensor_parallel seed".split()},
@@ -297,9 +297,10 @@ def run(
     """
     source = locate(name, cfg.data_dir)
     name = name if name in BENCHMARKS or cfg.data_dir else label(name, cfg.data.split(","))
-    asked = {field: getattr(cfg, field) for field in ("template_args", "system", "request")}
-    limits, grader = (cfg.template, cfg.columns, cfg.max_prompt_tokens), load_grader(cfg, common.math_reward)
-    problems = common.load_problems(source, tokenizer, *limits, split="test", grader=grader, **asked)
+    grader = load_grader(cfg, common.math_reward)
+    names = "template template_args system request columns max_prompt_tokens"
+    asked = {field: getattr(cfg, field) for field in names.split()}
+    problems = common.load_problems(source, tokenizer, split="test", grader=grader, **asked)
     cfg = fit(cfg, name, problems, positions)
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]

@@ -207,7 +207,7 @@ def main(cfg: Config) -> None:
             ref_logprobs, q_logprobs = (common.reference_logprobs(m, batch, temperature=1.0) for m in (reference, ema))
             loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts, q_logprobs, scale)
             loss.backward()
-            log.add(**metrics, trained_tokens=batch.completion_mask.sum())
+            log.add(batch.rollouts, **metrics, trained_tokens=batch.completion_mask.sum())
         log.set(grad_norm=common.clip_gradients(policy.parameters(), cfg.run.grad_clip))
         optimizer.step()
         optimizer.zero_grad()

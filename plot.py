@@ -66,16 +66,17 @@ class Config:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run; a last line torn by a kill is left out with a notice."""
+    """The lines of a run; a damaged one, as by a kill, is left out with a notice."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise SystemExit(f"error: there is no {path}")
     rows = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError:
-            print(f"{path}:{number} is torn and left out")
+            row = json.loads(text)
+            rows += [row] if row["step"] >= 0 else []
+        except (ValueError, TypeError, KeyError):
+            print(f"{path}:{number} is damaged and left out")
     if not rows:
         raise SystemExit(f"error: {path} holds no step yet")
     return rows
@@ -85,10 +86,12 @@ def caption(folder: Path) -> str:
     """Command and commit of a run, where its config.json tells."""
     if not (folder / "config.json").is_file():
         return folder.name
-    config = json.loads((folder / "config.json").read_text())
-    script, *flags = config["argv"]
-    command, dirty = " ".join([Path(script).name, *flags]), "+changes" if config["dirty"] else ""
-    return f"{folder.name}: {command} @ {config['commit'][:10]}{dirty}"
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        (script, *flags), dirty = config["argv"], "+changes" if config["dirty"] else ""
+        return f"{folder.name}: {' '.join([Path(script).name, *flags])} @ {config['commit'][:10]}{dirty}"
+    except (ValueError, TypeError, KeyError):
+        return f"{folder.name} (its config.json is damaged)"
 
 
 def main(cfg: Config) -> None:

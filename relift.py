@@ -212,7 +212,7 @@ def main(cfg: Config) -> None:
             logprobs, entropy = common.token_logprobs(policy, batch, cfg.temperature, cfg.sft_entropy_coef != 0)
             loss, metrics = sft_loss_fn(cfg, batch, logprobs, entropy, counts)
             loss.backward()
-            log.add(**metrics)
+            log.add(batch.rollouts, **metrics)
         if taken:
             common.set_lr(cfg.sft_lr, sft_optimizer)
             log.set(sft_grad_norm=common.clip_gradients(policy.parameters(), cfg.sft_grad_clip))

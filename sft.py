@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
             logprobs, entropy = common.token_logprobs(policy, batch, temperature=1.0)
             loss, metrics = loss_fn(cfg, batch, logprobs, entropy, None, counts)
             loss.backward()
-            log.add(**metrics, trained_tokens=batch.completion_mask.sum())
+            log.add(batch.rollouts, **metrics, trained_tokens=batch.completion_mask.sum())
         log.set(grad_norm=common.clip_gradients(policy.parameters(), cfg.run.grad_clip))
         optimizer.step()
         optimizer.zero_grad()

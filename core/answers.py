@@ -196,10 +196,15 @@ def roles(text: str) -> set[tuple[str, str]]:
     return found
 
 
+def knights_right(gold: str, boxes: list[str]) -> bool:
+    """Whether the boxes give every name of a gold its role, knight or knave, and no other."""
+    return bool(roles(gold)) and roles(gold) == set().union(*map(roles, boxes))
+
+
 def words_right(gold: str, boxes: list[str]) -> bool:
-    """Whether each box, or all together, say the words of a gold, or give each name its role."""
+    """Whether each box, or all together, say the words of a gold, in any case, font and order."""
     if IS_ROLE.search(gold):
-        return roles(gold) == set().union(*map(roles, boxes))
+        return knights_right(gold, boxes)
     texts = [rewritten(text, TYPE).casefold() for text in (gold, ", ".join(boxes), *boxes)]
     wanted, together, *each = (sorted(re.split(r"['’ -]+", part) for part in parts(text)) for text in texts)
     return bool(wanted) and (together == wanted or each == [wanted] * max(1, len(boxes)))

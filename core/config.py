@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from core.processes import ROOT, fail, print0
+from core.processes import ROOT, fail, first_line, print0
 
 BOX_REQUEST = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -41,19 +41,21 @@ class RunConfig:
     # model and memory
     rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
     max_positions: int = 0  # window of the model; 0: its own
-    tokens_per_microbatch: int = 16384  # prompt + completion tokens in one forward; never changes the gradient
+    tokens_per_microbatch: int = 0  # in one forward; never changes the gradient; 0: 16384, and 2048 on a CPU
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, a third more time
     # optimizer
     weight_decay: float = 0.01  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient summed over ranks; 0: off
+    skip_nonfinite: int = 0  # updates with a loss or gradient that is not finite to leave out before the run ends
     # bookkeeping
     out: str = ""  # the run's folder; empty: runs/<method>-<model>-<time>
-    resume: str = ""  # a run's folder to continue, with its own flags
+    resume: str = ""  # a run's folder to continue, with its own flags; or the same as --out: begin it, or continue it
     eval_every: int = 10  # steps
     eval_samples: int = 1  # per test problem
     save_every: int = 50  # steps
     keep: int = 2  # checkpoints
     wandb: bool = False  # log there too
+    data_hash: tyro.conf.Suppress[str] = ""  # no flag: of the problems, as they were when the run began
 
 
 def asked(cfg) -> dict[str, object]:
@@ -86,16 +88,27 @@ def parse(config: type) -> object:
     """
     options = {"description": sys.modules[config.__module__].__doc__, "config": (tyro.conf.OmitArgPrefixes,)}
     flags = flat(tyro.cli(config, **options))
+    if flags.get("resume") and flags["resume"] == flags["out"] and not (Path(flags["out"]) / "config.json").exists():
+        flags["resume"] = ""  # one command begins the run and goes on with it, as torchrun and Slurm start it again
     if flags.get("resume"):
         path = Path(flags["resume"]) / "config.json"
         if not path.is_file():
             fail(f"--resume {flags['resume']}: there is no run to resume, {path} is missing")
-        taken = json.loads(path.read_text())["flags"] | {"out": flags["resume"], "resume": flags["resume"]}
+        saved = read_json(path.read_bytes(), path, "flags")
+        taken = saved["flags"] | {"out": flags["resume"], "resume": flags["resume"]}
+        if (script := Path(saved.get("argv", sys.argv)[0]).stem) != Path(sys.argv[0]).stem:
+            fail(f"--resume {flags['resume']} is a run of {script}.py, not of {Path(sys.argv[0]).stem}.py")
     else:
         path = Path(resolve_model(flags["model"])) / "settings.json"
         taken = read_settings(path, Path(sys.argv[0]).stem)
     taken = {k: tuple(v) if isinstance(v, list) else v for k, v in taken.items() if k in flags}
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
+    cfg = with_flags(cfg, {"resume": flags["resume"]}) if "resume" in flags else cfg
+    changed = {k: f"--{k} {v!r} instead of {taken[k]!r}" for k, v in flat(cfg).items() if v != taken.get(k, v)}
+    if flags.get("resume") and resolve_model(cfg.run.model) != resolve_model(taken["model"]):
+        fail(f"--resume {flags['resume']}: {changed['model']}; another model needs a run of its own")
+    if flags.get("resume") and changed:
+        print0(f"from now on {', '.join(changed.values())}")
     used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}
     if used and not flags.get("resume"):
         print0(f"defaults of {path.parent.name}/settings.json: " + " ".join(f"--{k} {v!r}" for k, v in used.items()))
@@ -112,9 +125,18 @@ def with_flags(cfg: object, flags: dict[str, object]) -> object:
 
 def read_settings(path: Path, script: str) -> dict[str, object]:
     """A model folder's settings.json; the section of the script's name wins; empty without one."""
-    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = read_json(path.read_bytes(), path) if path.is_file() else {}
     settings |= settings.pop(script, {})
     return settings | {k: beside(path, settings[k]) for k in ("data", "test_data", "reward") if k in settings}
+
+
+def read_json(text: bytes, place: object, *names: str) -> dict:
+    """A JSON object that has these names; anything else ends the run."""
+    try:
+        found = json.loads(text)
+        return found | {name: found[name] for name in names}
+    except (ValueError, TypeError, KeyError) as error:
+        fail(f"{place} is damaged ({first_line(error)}): take it out, or put a whole copy in its place")
 
 
 def beside(path: Path, names: str) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ import jinja2
 from core.answers import is_words
 from core.config import BOX_REQUEST, RunConfig
 from core.model import Tokenizer
-from core.processes import fail, first_line, print0
+from core.processes import fail, first_line, once, print0
 from core.rewards import COMPARED, VERIFIER, Grader, grade
 from core.verifier import answer_part, boxed, completion_text, golds_parse, last_box, opens
 
@@ -43,6 +43,7 @@ class Problem:
     prompt: str = ""  # the text of prompt_ids, with a CUT in each control token that is mere text
     grader: Grader = VERIFIER  # what its completions earn
     row: dict = field(default_factory=dict, compare=False, repr=False)  # as the data has it, for one's own rewards
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # what was done to the row; %d: to how many
 
 
 def group_seed(seed: tuple[int, ...], problem: Problem) -> int:
@@ -82,11 +83,9 @@ def read_json_lines(path: Path) -> list[tuple[int, dict]]:
                     row = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(row, ensure_ascii=False)))
             except ValueError as error:  # of the bytes or of the JSON
                 fail(f"{path}:{i + 1} is not a JSON object in UTF-8 ({first_line(error)})")
-            if not text:
-                continue
-            if not isinstance(row, dict):
+            if text and not isinstance(row, dict):
                 fail(f"{path}:{i + 1} is not a JSON object")
-            rows.append((i + 1, row))
+            rows += [(i + 1, row)] if text else []
     return rows
 
 
@@ -107,9 +106,8 @@ def read_hub(name: str, split: str) -> datasets.Dataset:
 
 
 # Columns ------------------------------------------------------------------------------------------
-
 FIELDS = {  # what a problem needs: the column names under which it is found
-    "problem": ("problem", "question", "prompt"),
+    "problem": ("problem", "question", "prompt", "instruction"),
     "answer": ("answer", "final_answer"),
     "solution": ("solution", "response", "expert", "completion", "output"),
     "score": ("score",),  # of the trace; can be missing
@@ -157,34 +155,12 @@ def thought(row: dict, thinking: str | list[str] | None, attempt: str | None) ->
 
 
 def conversation(row: dict, messages: object) -> dict:
-    """A chat: the trace is its last turn, where that is the assistant's. `system` is a turn too."""
-    *said, last = turns(messages) if is_chat(messages) else [None]
-    if last is None:
+    """A chat: the trace is its last turn if that is the assistant's, the question all before."""
+    if not is_chat(messages):
         return {}
-    if isinstance(row.get("system"), str) and all(m["role"] != "system" for m in said):
-        said = [*turns(row["system"], "system"), *said]
+    *said, last = turns(messages)
     spoken = last["role"] == "assistant"
     return {"problem": said, "solution": last["content"] or ""} if spoken else {"problem": [*said, last]}
-
-
-def completion(row: dict, prompt: object, answer: object) -> dict:
-    """TRL: a prompt and its completion, each a text or messages, where no other column has them."""
-    named = any(row.get(column) for column in (*FIELDS["problem"][:2], *FIELDS["solution"][:3]))
-    said = [turns(prompt), turns(answer, "assistant")]
-    return conversation(row, sum(said, [])) if all(said) and not named else {}
-
-
-def instruction(row: dict, asked: object, output: object) -> dict:
-    """Alpaca: the instruction, with its input if it has one, and the output."""
-    named = any(row.get(column) for column in FIELDS["problem"])
-    text = f"{asked}\n\n{row['input']}" if row.get("input") else asked
-    return {} if named else conversation(row, [*turns(text), *turns(output, "assistant")])
-
-
-def first_message(row: dict, target: object) -> dict:
-    """LUFFY: the trace is the first of the target's messages, where no column has it."""
-    named = any(row.get(column) is not None for column in FIELDS["solution"])
-    return {"solution": turns(target)[0]["content"]} if is_chat(target) and not named else {}
 
 
 SCHEMAS = [  # columns that tell a schema, and what makes fields of row and columns; the first that makes some
@@ -193,31 +169,39 @@ SCHEMAS = [  # columns that tell a schema, and what makes fields of row and colu
     (("thinking_trajectories", "attempt"), thought),  # s1K
     (("messages",), conversation),  # OpenAI, TRL
     (("conversations",), conversation),  # ShareGPT
-    (("prompt", "completion"), completion),  # TRL
-    (("instruction", "output"), instruction),  # Alpaca
-    (("target",), first_message),  # LUFFY
 ]
 
 
 def read_fields(row: dict, names: dict[str, str]) -> dict[str, object]:
-    """problem, answer and solution of a row, as far as it has them, in any recognised schema.
+    """problem, answer, solution, score, steps of a row, as far as it has them, in any known schema.
 
     `names` maps a field to the user's own column and wins over every schema.
     """
     found = {field: next((row[c] for c in known if row.get(c) is not None), None) for field, known in FIELDS.items()}
     fits = ((read, [row[c] for c in columns]) for columns, read in SCHEMAS if set(columns) <= set(row))
     schema = next(filter(None, (read(row, *values) for read, values in fits)), {})
+    if row.get("input") and found["problem"] == (row.get("instruction") or ""):  # Alpaca
+        found["problem"] = f"{row['instruction']}\n\n{row['input']}"
     found |= {field: value for field, value in schema.items() if value is not None}
+    if is_chat(row.get("target")) and found["solution"] is None:  # LUFFY
+        found["solution"] = row["target"]
     found |= {field: row.get(column) for field, column in names.items()}
     if isinstance(row.get("reward_model"), dict) and found["answer"] is None:  # verl
         found["answer"] = row["reward_model"].get("ground_truth")
-    places = (found["answer"] or row, row.get("meta")) if "answer" not in names else ()
-    for held in places:  # Countdown
+    meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
+    for held in (found["answer"] or row, meta) if "answer" not in names else ():  # Countdown
         numbers = (held.get("nums") or held.get("numbers")) if isinstance(held, dict) else None
         if numbers and "target" in held:
             found["answer"] = {"target": held["target"], "nums": [*numbers]}
-    if is_chat(found["solution"]):
-        found["solution"] = turns(found["solution"])[-1]["content"]
+    steps = row.get("steps") or meta.get("steps")
+    found["steps"] = steps if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else None
+    if is_chat(found["solution"]):  # TRL: turns before its last one belong to the question
+        answered = turns(found["solution"])
+        begun = turns(found["problem"]) if answered[0]["role"] == "assistant" else []
+        found |= conversation(row, [*begun, *answered])
+    said, system = turns(found["problem"]), turns(row.get("system") or None, "system")
+    if said and all(m["role"] != "system" for m in said):
+        found["problem"] = [*system, *said]
     found = plain_answer(found, "solution" in names)
     return {field: value for field, value in found.items() if value not in (None, "", [])}
 
@@ -246,7 +230,6 @@ def plain_answer(found: dict[str, object], solution_named: bool) -> dict[str, ob
 
 
 # Prompts ------------------------------------------------------------------------------------------
-
 THINK_REQUEST = (
     "Reason step by step before you answer. Write the reasoning between <think> and </think>, where you may explore, "
     "verify and correct yourself, and after it the solution, with the final answer within \\boxed{}."
@@ -266,34 +249,36 @@ CUT = "\ufdd0"  # no character of any text
 
 @dataclass(frozen=True)
 class Asking:
-    """How a question becomes a prompt."""
+    """How rows become problems: the flags of load_problems, and what a tokenizer makes of them."""
 
     tokenizer: Tokenizer
-    template: str  # not auto
-    system: str | None  # in place of every system turn, empty: no such turn; None: the row's own
-    request: str  # for a box, where no turn asks for one
-    args: dict[str, object]  # of the chat template
+    template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
+    system: str | None = None  # in place of every system turn, empty: no such turn; None: the row's own
+    request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}
+    template_args: str = ""  # "name=value ..." of the tokenizer's own template
+    columns: str = ""  # "problem=... answer=... expert=..."
+    max_prompt_tokens: int = 1024
+    max_completion_tokens: int = 8192  # an expert trace longer than this (EOS included) is dropped
+    require_expert: bool = False  # rows without a usable expert trace are dropped; else traces are not read
+    check_traces: bool = True  # else a trace is kept as it is
+    need_answers: bool = True  # False: not where traces are not checked
+    grader: Grader = VERIFIER  # one's own needs no answers and no boxes
+    args: dict[str, object] = field(default_factory=dict)  # of the chat template
     folds: bool = False  # the template has no system turn: its text goes into the first user turn
 
 
-def choose_template(template: str, tokenizer: Tokenizer) -> str:
-    """What auto means for a tokenizer. An unknown or missing template ends the run."""
-    if template == "auto":
-        return "chat" if tokenizer.chat_template else "plain"
-    if template != "chat" and template not in TEMPLATES:
-        fail(f"--template {template} is not one of chat, {', '.join(TEMPLATES)}")
-    if template == "chat" and not tokenizer.chat_template:
-        fail("--template chat: this tokenizer has no chat template")
-    return template
-
-
-def choose_asking(tokenizer: Tokenizer, template: str, system: str | None, request: str, args: str) -> Asking:
-    """What the flags mean for a tokenizer."""
-    template, options = choose_template(template, tokenizer), read_args(args, tokenizer)
-    if template != "chat" and not (template == "think" and tokenizer.chat_template):
-        options = {"chat_template": TEMPLATES[template]}
-        system = SYSTEMS.get(template, "") if system is None else system
-    asking = Asking(tokenizer, template, system, request, options)
+def choose_asking(tokenizer: Tokenizer, template: str = "auto", **flags: object) -> Asking:
+    """What the flags mean for a tokenizer. An unknown or missing template ends the run."""
+    known = [*["chat"] * bool(tokenizer.chat_template), *TEMPLATES]
+    if template not in ("auto", *known):
+        lacks = "" if tokenizer.chat_template else "; this tokenizer has no chat template"
+        fail(f"--template {template} is not one of {', '.join(known)}{lacks}")
+    asking = Asking(tokenizer, known[0] if template == "auto" else template, **flags)
+    args, system = read_args(asking.template_args, tokenizer), asking.system
+    if asking.template != "chat" and not (asking.template == "think" and tokenizer.chat_template):
+        args = {"chat_template": TEMPLATES[asking.template]}
+        system = SYSTEMS.get(asking.template, "") if system is None else system
+    asking = replace(asking, system=system, args=args)
     probe = [{"role": "system", "content": "the system turn"}, {"role": "user", "content": "the question"}]
     try:
         return replace(asking, folds="the system turn" not in fill(probe, asking))
@@ -350,10 +335,8 @@ def render(problem: str | list[dict], asking: Asking) -> tuple[str, list[int]]:
 def control_tokens(tokenizer: Tokenizer) -> re.Pattern:
     """The texts of special tokens, but those of a pair of tags such as <think> and </think>."""
     texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    named = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    tags = {"<think>", "</think>"} | {
-        t for tag in texts - named if {tag, f"</{tag[1:]}"} <= texts for t in (tag, f"</{tag[1:]}")
-    }
+    pairs = texts - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    tags = {"<think>", "</think>"} | {tag for tag in pairs if {f"</{tag[1:]}", f"<{tag[2:]}"} & pairs}
     return re.compile("|".join(map(re.escape, sorted((texts - tags) | {tokenizer.eos_token}, key=len, reverse=True))))
 
 
@@ -368,27 +351,23 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer(first, add_special_tokens=False).input_ids
     for part in others:  # behind EOS, since a tokenizer may put a blank before the beginning of a text
         ids += tokenizer(tokenizer.eos_token + part, add_special_tokens=False).input_ids[1:]
-    default = tokenizer("a").input_ids
-    if tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id] and ids[:1] != default[:1]:
-        ids = [tokenizer.bos_token_id, *ids]
-    return ids
+    bos = [tokenizer.bos_token_id]  # no text begins with [None]
+    return [*bos, *ids] if tokenizer("a").input_ids[:1] == bos != ids[:1] else ids
 
 
 def with_hint(problem: Problem, hint_ids: list[int], tokenizer: Tokenizer) -> Problem:
     """The problem with the beginning of its trace behind the question, in the user's turn."""
     prompt = problem.prompt or tokenizer.decode(problem.prompt_ids)
     question = cut_control(problem.text.strip(), tokenizer)
-    if question not in prompt:
+    before, found, after = prompt.rpartition(question)
+    if not found:
         fail(f"problem {problem.id}: its prompt does not hold the question as it is, so that no hint can follow it")
-    before, question, after = prompt.rpartition(question)
     text = f"{before}{question}\n\nThe solution begins like this:\n{tokenizer.decode(hint_ids)}\n{after}"
     return replace(problem, prompt=text, prompt_ids=encode(text, tokenizer), hinted=True)
 
 
 def alike(run: RunConfig, problems: list[Problem]) -> RunConfig:
-    """The flags by which test questions are asked in the training rows' words: the system turn
-    that all of these share, and what all questions begin or end with to ask for the box.
-    """
+    """The flags that give test questions the training rows' system turn and words for the box."""
     systems, texts = {p.system for p in problems}, {p.text for p in problems}
     if len(systems) > 1:
         print0(f"the system turns of the training rows differ ({len(systems)}), so test questions keep their own")
@@ -404,21 +383,16 @@ CALCULATOR = re.compile(r"<<[-+*/=().,%$^x\d\s]+>>")  # GSM8K's marks: 48/2 = <<
 
 
 def bare_trace(solution: str, tokenizer: Tokenizer, thinks: bool) -> str:
-    """A trace without control tokens at its end, GSM8K's marks of a calculator, and the <think> of
-    a prompt that opens it.
-    """
-    while (found := list(control_tokens(tokenizer).finditer(solution))) and not solution[found[-1].end() :].strip():
-        solution = solution[: found[-1].start()]
+    """A trace without control tokens at its end, calculator marks, and its prompt's own <think>."""
+    solution = re.sub(rf"(({control_tokens(tokenizer).pattern})\s*)+\Z", "", solution)
     solution = CALCULATOR.sub("", solution)
     return re.sub(r"\s*<think>\n*", "", solution, count=1) if thinks and opens(solution) else solution
 
 
 def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
-    """The expert trace with its answer in a box: `#### n` becomes the box, a trace without one gets
-    it as its last line.
+    """The trace with its answer in a box: `#### n` becomes the box, else it is one more line.
 
-    After an open <think>, a trace that never closes it is the thought, but for a last line with the
-    box.
+    After an open <think>, a trace that never closes it is the thought, but for a last line with it.
     """
     if boxed(answer_part(solution, thinks)):
         return solution
@@ -431,28 +405,20 @@ def with_box(solution: str, answer: str | dict, row: dict, thinks: bool) -> str:
     return f"{body}{closing}\n\\boxed{{{final}}}"
 
 
-def steps_of(row: dict) -> list[str]:
-    """The steps of a trace where the data set names them, in `steps` or `meta.steps`."""
-    steps = row.get("steps") or (row["meta"] if isinstance(row.get("meta"), dict) else {}).get("steps")
-    return steps if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else []
-
-
 def step_ends(steps: list[str], solution: str, offsets: list[tuple[int, int]]) -> tuple[int, ...]:
     """Tokens up to the end of each step of a trace; () where the steps do not follow each other.
 
     White space after a step belongs to it. What stands after the last one, the answer's box and
     EOS, is one more; EOS alone belongs to the last. A step that ends inside a token ends before it.
     """
-    starts, place = [], 0
-    for step in filter(str.strip, steps):
-        at = solution.find(step.strip(), place)
-        if at < 0 or solution[place:at].strip():
+    starts, rest = [], solution
+    for step in [*filter(str.strip, steps), ""]:
+        rest = rest.lstrip()
+        if not rest.startswith(step.strip()):
             return ()
-        starts.append(at)
-        place = at + len(step.strip())
-    rest = solution[place:].lstrip()
-    starts += [len(solution) - len(rest)] if rest else []
-    ends = {sum(end <= start for _, end in offsets) for start in starts[1:]} - {0}
+        starts.append(len(solution) - len(rest))
+        rest = rest[len(step.strip()) :]
+    ends = {sum(end <= start for _, end in offsets) for start in starts[1:]} - {0, len(offsets)}
     return (*sorted(ends), len(offsets) + 1) if ends else ()
 
 
@@ -527,123 +493,100 @@ def regroup(ends: list[int], pieces: int) -> list[int]:
 
 # Loading ------------------------------------------------------------------------------------------
 def load_problems(
-    name: str,
-    tokenizer: Tokenizer,
-    template: str = "auto",  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
-    columns: str = "",  # "problem=... answer=... expert=..."
-    max_prompt_tokens: int = 1024,
-    max_completion_tokens: int = 8192,  # an expert trace longer than this (EOS included) is dropped
-    require_expert: bool = False,  # rows without a usable expert trace are dropped; else traces are not read
-    split: str = "train",
-    system: str | None = None,  # in place of every system turn, empty: no such turn; None: the data's own
-    request: str = BOX_REQUEST,  # behind a question that asks for no box, or around its {problem}
-    template_args: str = "",  # "name=value ..." of the tokenizer's own template
-    check_traces: bool = True,  # else a trace is kept as it is
-    need_answers: bool = True,  # False: not where traces are not checked
-    grader: Grader = VERIFIER,  # one's own needs no answers and no boxes
+    name: str, tokenizer: Tokenizer, template: str = "auto", split: str = "train", **flags
 ) -> list[Problem]:
-    """Read, render and check a data set. A row is kept, or counted with the reason it is not."""
-    rows, asking = read_rows(name, split), choose_asking(tokenizer, template, system, request, template_args)
-    graded = not grader.source and (check_traces or need_answers or not require_expert)
-    needed = ("problem", *["answer"] * graded, *["solution"] * require_expert)
-    names = dict(pair.split("=", 1) for pair in columns.replace("expert=", "solution=").split())
+    """Read, render and check a data set by flags, the fields of Asking.
+
+    A row is kept, or counted with the reason it is not.
+    """
+    rows, asking = read_rows(name, split), choose_asking(tokenizer, template, **flags)
+    names = dict(pair.split("=", 1) for pair in asking.columns.replace("expert=", "solution=").split())
     for column in names.values():
         if rows and column not in rows[0][1]:
             fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
+    graded = not asking.grader.source and (asking.check_traces or asking.need_answers or not asking.require_expert)
+    needed = ["problem", *["answer"] * graded, *["solution"] * asking.require_expert]
     fields = [try_fields(row, names) for _, row in rows]
-    answers = [found["answer"] for found in fields if "answer" in found and "answer" in needed]
-    readable = iter(golds_parse(answers, right=COMPARED.get(grader.kind)))
+    answers = [found.get("answer", "0") if graded else "0" for found in fields]  # 0: nothing to read
+    golds = once(lambda: golds_parse(answers, right=COMPARED.get(asking.grader.kind)), len(answers))
     if spoken := sum(map(is_words, answers)):
         print0(f"data {name}: {spoken} of {len(rows)} answers are words, and compared as words")
-    kept, dropped, seen = [], defaultdict(list), set()
-    for number, ((where, row), found) in enumerate(zip(rows, fields, strict=True), 1):
-        answer_ok = "answer" not in needed or ("answer" in found and next(readable))
-        boxes = check_traces and not grader.source  # one's own reward says what a right trace looks like
-        problem = make_problem(row, found, answer_ok, asking, max_prompt_tokens, needed, boxes)
-        if isinstance(problem, Problem) and len(problem.expert_ids or ()) > max_completion_tokens:
-            problem = f"expert trace over {max_completion_tokens} tokens"
+    kept, dropped = {}, defaultdict(list)  # id: (where, problem), and reason: where
+    for number, ((where, row), found, readable) in enumerate(zip(rows, fields, golds, strict=True), 1):
+        if missing := [field for field in needed if field not in found]:
+            problem = found.get("unreadable") or f"no {' and no '.join(missing)}"
+        else:
+            problem = make_problem(row, found, asking) if readable else "answer that the verifier cannot read"
         if isinstance(problem, str):
             dropped[problem].append(where)
             continue
-        name_of_row = str(row.get("id", where.rsplit(":", 1)[-1]))
-        problem = replace(problem, id=name_of_row if name_of_row not in seen else f"{name_of_row}#{number}")
-        problem = replace(problem, grader=grader, row=row if grader.source else {})  # it would only take memory
-        seen.add(problem.id)
-        kept.append((where, row, found, problem))
-    kept = right_traces(kept, tokenizer, dropped) if require_expert and check_traces else kept
+        own = str(row.get("id", where.rsplit(":", 1)[-1]))
+        problem = replace(problem, id=own if own not in kept else f"{own}#{number}")
+        kept[problem.id] = where, problem
+    if asking.require_expert and asking.check_traces:
+        for problem in unsolved([problem for _, problem in kept.values()], tokenizer):
+            dropped["expert trace that the verifier rejects"].append(kept.pop(problem.id)[0])
+    problems = [problem for _, problem in kept.values()]
     drops = "; ".join(f"{len(places)} dropped: {reason} (first {places[0]})" for reason, places in dropped.items())
-    print0(f"data {name}: {len(kept)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
-    if not kept:
+    print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
+    if not problems:
         seen = f"; the columns of {rows[0][0]} are {', '.join(rows[0][1])}" if rows else ""
         fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}{seen}")
-    if grader.source and grade([kept[0][-1]], [""])[1]:
-        fail(f"--reward {grader.source} fails on problem {kept[0][-1].id} and an empty completion, as said above")
-    print0(f"first prompt: {tokenizer.decode(kept[0][-1].prompt_ids)!r}")
-    replaced = sum(any(m["role"] == "system" for m in turns(found["problem"])) for _, _, found, _ in kept)
-    if replaced and asking.system is not None:
-        print0(f"data {name}: --system or --template takes the place of the system turns of {replaced} rows")
-    if require_expert:
-        describe_traces(name, kept, tokenizer, check_traces and not grader.source)
-    return [problem for *_, problem in kept]
+    first, source = problems[0], asking.grader.source
+    if source and once(lambda: grade([first], [""])[1]):
+        fail(f"--reward {source} fails on problem {first.id} and an empty completion, as said above")
+    for note, count in Counter(note for problem in problems for note in problem.notes).items():
+        print0(f"data {name}: {note % count}")
+    print0(f"first prompt: {tokenizer.decode(first.prompt_ids)!r}")
+    if asking.require_expert:
+        print0(f"first expert trace ({len(first.expert_ids)} tokens): {tokenizer.decode(first.expert_ids)!r}")
+    return problems
 
 
-def make_problem(
-    row: dict, found: dict, answer_ok: bool, asking: Asking, longest: int, needed: tuple[str, ...], checked: bool
-) -> Problem | str:
+def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
     """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
-    if "unreadable" in found:
-        return found["unreadable"]
-    if missing := [field for field in needed if field not in found]:
-        return f"no {' and no '.join(missing)}"
-    if not answer_ok:
-        return "answer that the verifier cannot read"
-    said, tokenizer, solution = turns(found["problem"]), asking.tokenizer, found.get("solution")
+    said = turns(found["problem"])
     if not said or not (said[-1]["content"] or "").strip() or any(m["content"] is None for m in said):
         return "problem with no text or with more than text"
     try:
         prompt, prompt_ids = render(said, asking)
     except jinja2.TemplateError as error:
         return f"turns that the chat template refuses: {first_line(error)}"
-    if len(prompt_ids) > longest:
-        return f"prompt over {longest} tokens"
-    thinks, expert_ids, ends = prompt.rstrip().endswith("<think>"), None, ()
-    if "solution" in needed:
+    if len(prompt_ids) > asking.max_prompt_tokens:
+        return f"prompt over {asking.max_prompt_tokens} tokens"
+    thinks, expert_ids, ends, notes = prompt.rstrip().endswith("<think>"), None, (), []
+    own = [m["content"] for m in said if m["role"] == "system"]
+    if own and asking.system is not None:
+        notes.append("--system or --template takes the place of the system turns of %d rows")
+    if asking.require_expert:
+        checked = asking.check_traces and not asking.grader.source  # one's own reward says what a right trace is
+        solution = found["solution"]
         if not isinstance(solution, str):
             return "expert trace that is more than text"
         if checked and opens(solution) and "</think>" not in solution:
             return "expert trace that never closes its thought"
-        solution = bare_trace(solution, tokenizer, thinks)
+        if checked and not boxed(solution):
+            notes.append("%d expert traces had no \\boxed{}; their answer was added in one")
+        solution = bare_trace(solution, asking.tokenizer, thinks)
         solution = with_box(solution, found["answer"], row, thinks) if checked else solution
-        if control := control_tokens(tokenizer).search(solution):
+        if control := control_tokens(asking.tokenizer).search(solution):
             return f"expert trace with the control token {control[0]} inside"
-        encoded = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
-        expert_ids = [*encoded.input_ids, tokenizer.eos_token_id]
-        ends = step_ends(steps_of(row), solution, encoded.offset_mapping)
-    own = [m["content"] for m in said if m["role"] == "system" and asking.system is None]
-    fields = {"thinks": thinks, "step_ends": ends, "prompt": prompt, "system": "\n\n".join(own) if own else None}
+        encoded = asking.tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
+        expert_ids = [*encoded.input_ids, asking.tokenizer.eos_token_id]
+        if len(expert_ids) > asking.max_completion_tokens:
+            return f"expert trace over {asking.max_completion_tokens} tokens"
+        ends = step_ends(found.get("steps", []), solution, encoded.offset_mapping)
+        if "steps" in found and not ends:
+            notes.append("the steps of %d rows do not cut their traces; lines are taken there")
+    fields = {"thinks": thinks, "step_ends": ends, "prompt": prompt, "grader": asking.grader, "notes": tuple(notes)}
     fields["score"] = found["score"] if isinstance(found.get("score"), (int, float)) else None
+    fields["system"] = "\n\n".join(own) if own and asking.system is None else None
+    fields["row"] = row if asking.grader.source else {}  # it would only take memory
     return Problem("", said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)
 
 
-def right_traces(kept: list[tuple], tokenizer: Tokenizer, dropped: dict[str, list[str]]) -> list[tuple]:
-    """Those entries whose expert trace solves its problem."""
-    problems = [problem for *_, problem in kept]
+def unsolved(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
+    """Those whose expert trace does not solve them."""
     texts = [completion_text(p.expert_ids, tokenizer) for p in problems]
-    grades, _ = grade(problems, texts, progress="checking expert traces")
-    right = [found.reward >= p.grader.solved for p, found in zip(problems, grades, strict=True)]
-    for (where, *_), solved in zip(kept, right, strict=True):
-        if not solved:
-            dropped["expert trace that the verifier rejects"].append(where)
-    return [entry for entry, solved in zip(kept, right, strict=True) if solved]
-
-
-def describe_traces(name: str, kept: list[tuple], tokenizer: Tokenizer, checked: bool) -> None:
-    """Print what was done to traces, and the first one as the model sees it."""
-    boxes_added = sum(not boxed(found["solution"]) for _, _, found, _ in kept)
-    steps_unused = sum(bool(steps_of(row)) and not problem.step_ends for _, row, _, problem in kept)
-    if boxes_added and checked:
-        print0(f"data {name}: {boxes_added} expert traces had no \\boxed{{}}; their answer was added in one")
-    if steps_unused:
-        print0(f"data {name}: the steps of {steps_unused} rows do not cut their traces; lines are taken there")
-    ids = kept[0][-1].expert_ids
-    print0(f"first expert trace ({len(ids)} tokens): {tokenizer.decode(ids)!r}")
+    grades, _ = once(lambda: grade(problems, texts, progress="checking expert traces"), len(texts))
+    return [p for p, found in zip(problems, grades, strict=True) if not p.grader.solves(found.reward)]

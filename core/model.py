@@ -1,19 +1,22 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
-from core.processes import World, fail, first_line
+from core.processes import World, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 transformers.logging.set_verbosity_error()
@@ -25,7 +28,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model folder or hub name; it must know its EOS token."""
     folder = resolve_model(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"--model {name}: no tokenizer could be loaded from {folder} ({first_line(error)})")
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
@@ -37,9 +40,12 @@ def load_config(run: RunConfig) -> transformers.PretrainedConfig:
     """The model's config, with the rotary base and window of the flags; `final/` keeps both."""
     folder = resolve_model(run.model)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, attention_dropout=0.0)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
+    for part in (config, config.get_text_config()):  # nothing is random but the sampling
+        noise = [k for k, v in vars(part).items() if isinstance(v, float) and ("drop" in k or "jitter" in k)]
+        vars(part).update(dict.fromkeys(noise, 0.0))
     if run.rope_theta:
         if not getattr(config, "rope_parameters", None):
             fail(f"--rope_theta: {config.model_type} has no rotary position embedding")
@@ -53,25 +59,97 @@ def window(run: RunConfig) -> float:
     """Positions of the model, by the flags or its config; infinite where it names none."""
     config = load_config(run)
     known = (getattr(part, "max_position_embeddings", None) for part in (config, config.get_text_config()))
-    return next(filter(None, known), float("inf"))
+    positions, rope = next(filter(None, known), float("inf")), getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # further on the longest row chooses the table of those beside it
+        return min(positions, rope["original_max_position_embeddings"])
+    return positions
 
 
 def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:
-    """A Hugging Face causal LM on the CPU, dropout off."""
-    folder, options = resolve_model(run.model), {"dtype": dtype, "attn_implementation": attention}
+    """A Hugging Face causal LM on the CPU; sdpa: or eager, where it has no other that is right."""
+    folder, config = resolve_model(run.model), load_config(run)
+    if attention == "sdpa":  # which would leave out a soft cap without a word
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=load_config(run), **options)
-    except (OSError, ValueError) as error:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    except KeyError:  # of a table of its own
+        fail(f"--model {run.model}: {config.model_type} lets nobody replace its attention, so rows cannot be packed")
+    if broken := broken_weight(model):
+        fail(f"--model {run.model}: the weight {broken} in {folder} holds a number that is not finite")
     return model
+
+
+def broken_weight(model: nn.Module) -> str:
+    """The first weight with a number that is not finite, as far as this rank holds it, or ""."""
+    local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return next((name for name, p in local if not p.isfinite().all()), "")
 
 
 def load_policy(run: RunConfig, world: World) -> "Policy":
     """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
-    return shard(load_model(run), world, run.checkpoint_activations)
+    policy = shard(load_model(run), world, run.checkpoint_activations)
+    check_packing(policy, run.model, world.device)
+    return policy
+
+
+LIMITS = {"cpu": 1e-3, "cuda": 0.25}  # nats a token in fp32 and bf16, ten and three times what rounding makes
+
+
+def judge(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Print the mean distance of log-probabilities, or end the run where it is not rounding."""
+    gap, limit = (found - wanted).abs().mean().item(), LIMITS[found.device.type]
+    print0(f"log-probability check: {gap:.0e} between {what}")
+    if not gap <= limit:  # NaN too
+        fail(f"log-probabilities of {what} are {gap:.2g} nats apart, more than {limit:g}: it cannot be trained here")
+
+
+def packed_logprobs(policy: "Policy", rows: list[Tensor]) -> Tensor:
+    """log pi of every token of each row but its first, from one packed line (collective)."""
+    line, lengths = torch.cat(rows), [len(row) for row in rows]
+    places = torch.cat([torch.arange(n, device=line.device) for n in lengths])
+    borders = F.pad(torch.tensor(lengths, device=line.device).cumsum(0), (1, 0)).to(torch.int32)
+    predict = places[1:].nonzero()[:, 0]
+    logprobs, _ = policy(line[None], places[None], borders, lengths, predict, line[predict + 1], 1.0, False)
+    return logprobs
+
+
+@torch.no_grad()
+def check_packing(policy: "Policy", name: str, device: torch.device) -> None:
+    """Two short rows packed, beside each alone by transformers' own forward (collective)."""
+    model, alone = policy.model, []
+    rows = (torch.arange(5, 173, 7, device=device) % model.config.get_text_config().vocab_size).split([9, 15])
+    try:
+        packed = packed_logprobs(policy, rows)
+        policy.eval().unshard()
+        model.set_attn_implementation("eager")
+        for row in rows:
+            logp = model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            alone.append(logp.gather(1, row[1:, None])[:, 0])
+        model.set_attn_implementation("packed")
+        policy.train().reshard()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        fail(f"--model {name}: {type(model).__name__} cannot be trained here ({first_line(error)})")
+    judge(packed, torch.cat(alone), f"rows of {name} packed and alone")
+
+
+def checked_sync(engine) -> Callable:
+    """The engine's sync, which after its first policy compares what it samples (collective)."""
+    first = [True]
+
+    @torch.no_grad()
+    def sync(weights: "Policy | Iterable[tuple[str, Tensor]]") -> None:
+        engine.sync(weights)
+        if isinstance(weights, Policy) and first and first.pop():
+            (((ids, sampled),),) = engine.decode([[1, 2, 3, 4]], [[]], 1, 4, 1.0, [0], 1.0)
+            row = torch.tensor([1, 2, 3, 4, *ids], device=next(weights.parameters()).device)
+            found = packed_logprobs(weights, [row])[3:]
+            judge(found, found.new_tensor(sampled), "sampler and trainer")
+
+    return sync
 
 
 # The packed forward -------------------------------------------------------------------------------
@@ -88,27 +166,27 @@ def packed_attention(
     row_lengths: list[int] | None = None,
     **features: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each row of a packed line: varlen_attn on CUDA, one causal SDPA per
-    row on a CPU.
-
-    varlen_attn needs an Ampere card or newer. A feature that is not implemented here is refused,
-    never ignored.
+    """Causal attention inside each row: varlen_attn on CUDA (Ampere or newer), SDPA on a CPU, and
+    where a model asks for more (soft caps, sinks) its own eager function; else NotImplementedError.
     """
     ignored = "position_ids use_cache cache_position position_embeddings output_attentions output_router_logits"
-    for feature, setting in features.items():
-        if setting is not None and feature not in ignored.split():
-            raise NotImplementedError(f"the packed attention does not implement {feature} of {type(module).__name__}")
-    longest, grouped = max(row_lengths), query.shape[1] != key.shape[1]
-    if sliding_window is not None and longest > sliding_window:
-        raise NotImplementedError(f"a row of {longest} tokens exceeds the sliding window of {sliding_window}")
-    if query.is_cuda:
+    more = [name for name, setting in features.items() if setting is not None and name not in ignored.split()]
+    kind, longest, grouped = type(module), max(row_lengths or [0]), query.shape[1] != key.shape[1]
+    kernel = getattr(sys.modules[kind.__module__], "eager_attention_forward", None) if more else sdpa_attention_forward
+    if not longest or attention_mask is not None or kernel is None:
+        lacks = " or ".join(["a mask of its own", "no borders of rows", *more])
+        raise NotImplementedError(f"{kind.__name__} has {lacks}, which the packed attention cannot do")
+    window = min(sliding_window or longest, longest)
+    if query.is_cuda and not more:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        ends = (cu_seqlens, cu_seqlens, longest, longest)
-        return varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None], None
-    rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
-    flags = {"is_causal": True, "scale": scaling, "enable_gqa": grouped}
-    out = [F.scaled_dot_product_attention(q, k, v, **flags) for q, k, v in rows]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+        ends, seen = (cu_seqlens, cu_seqlens, longest, longest), (window - 1 if window < longest else -1, 0)
+        return varlen_attn(q, k, v, *ends, scale=scaling, window_size=seen, enable_gqa=grouped)[None], None
+    out = []
+    for q, k, v in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True):
+        full = q.new_full((q.shape[2], q.shape[2]), -torch.inf) if more or q.shape[2] > window else None
+        hidden = None if full is None else (full.triu(1) + full.tril(-window))[None, None]
+        out.append(kernel(module, q, k, v, hidden, scaling=scaling, dropout=0.0, **features)[0])
+    return torch.cat(out, dim=1), None
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
@@ -120,10 +198,14 @@ class Policy(nn.Module):
 
     def __init__(self, model: transformers.PreTrainedModel):
         super().__init__()
-        for feature in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, feature, None) not in (None, 1.0):
-                fail(f"{type(model).__name__} uses {feature}, which the packed forward does not implement")
-        self.model = model
+        name, config = type(model).__name__, model.config.get_text_config()
+        if not hasattr(model.get_decoder(), "layers"):
+            fail(f"{name} cannot be trained here: its layers are not in a list, by which it could be sharded")
+        other = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
+        if other:
+            fail(f"{name} cannot be trained here: {' and '.join(sorted(other))} looks over the borders of packed rows")
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.model, self.scale, self.cap = model, scale, getattr(config, "final_logit_softcapping", None)
 
     def forward(
         self,
@@ -153,6 +235,8 @@ class Policy(nn.Module):
         """(M, hidden size) -> as forward, at least in fp32."""
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if self.scale == 1 else logits * self.scale
+        logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
         logits = logits if temperature == 1 else logits / temperature
         log_z = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z

@@ -1,10 +1,15 @@
 """Processes: one world of ranks for `python x.py` and torchrun alike, and how a run ends."""
 
+import ctypes
 import os
 import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,10 +38,14 @@ def init(seed: int) -> World:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does, so that both give the same numbers
+    if not cuda and os.uname().sysname == "Linux":
+        ctypes.CDLL(None).mallopt(-3, 2**23)  # M_MMAP_THRESHOLD: what is freed goes back, a fifth slower, half the peak
     if not dist.is_initialized():
         store = None if "RANK" in os.environ else dist.HashStore()  # a world of one needs no port
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        wait = timedelta(hours=4)  # for rank 0, which checks the data, and for the slowest in rollouts
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, store=store, rank=rank, world_size=size)
     torch.manual_seed(seed)
+    sys.excepthook = explain
     return World(rank, size, device)
 
 
@@ -67,14 +76,54 @@ def gather(values: list, world: World) -> list:
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
+def once(make: Callable[[], object], same: object = None) -> object:
+    """What make returns on rank 0, on every rank: a verdict, for which a clock counts, can differ.
+    It ends the run where the ranks do not give the same to begin with (collective).
+    """
+    found: list = [None] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(found) == 1:
+        return make()
+    dist.all_gather_object(found, same)
+    if found.count(same) < len(found):
+        fail(f"the ranks do not read the same data; give all of them the same files and flags ({found})")
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+doing = ["loading", time.perf_counter()]  # what the run does, and since when: set by the log, told to who stops it
+
+
 class StopSignal:
-    """Remembers Ctrl-C and SIGTERM, so that the loop can save and leave between two steps."""
+    """Remembers Ctrl-C and SIGTERM, so that the loop can save and leave between two steps; a second
+    one ends at once.
+
+    They are read in a thread: the main one may stand in a collective, where no handler runs.
+    """
 
     def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(number, lambda *_: setattr(self, "seen", True))
+        self.seen, (self.signals, self.kernel) = False, socket.socketpair()
+        self.kernel.setblocking(False)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            signal.set_wakeup_fd(self.kernel.fileno())
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a worker's signals are not ours
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Say what a first signal waits for; end at another, a second or more later: torchrun hands
+        on what Slurm sends to all.
+        """
+        while True:
+            name, now = signal.Signals(self.signals.recv(1)[0]).name, time.perf_counter()
+            if name in ("SIGTERM", "SIGINT") and not self.seen:
+                self.seen, first = True, now
+                since = f"{doing[0]} since {now - doing[1]:.0f} s"
+                print0(f"{name}: saves and ends after this step, now in {since}; a second signal ends at once")
+            elif name in ("SIGTERM", "SIGINT") and now - first > 1:
+                print0(f"{name} again: ended at once; --resume goes on from the last checkpoint")
+                os._exit(130)
 
     def asked(self, world: World) -> bool:
         """Whether any rank was asked to stop (collective)."""
@@ -89,7 +138,27 @@ def print0(*args: object) -> None:
 
 def fail(sentence: str) -> NoReturn:
     """End the run with one sentence that says what is wrong and where. Raises SystemExit."""
-    raise SystemExit(f"error: {sentence}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    if rank := int(os.environ.get("RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)  # where rank 0 ends too, its sentence is enough, and torchrun ends this process
+    raise SystemExit(f"error{f' on rank {rank}' if rank else ''}: {sentence}")
+
+
+def explain(kind: type, error: BaseException, trace: object) -> None:
+    """One sentence for a traceback where memory, disk, a package or another rank is missing."""
+    said = first_line(error)
+    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+        update = "--tokens_per_microbatch, add --checkpoint_activations"
+        said += f"; lower {update if doing[0] in ('update', 'sft') else '--sampler_memory'} or use more GPUs"
+    elif any(s in str(error) for s in ("No space left", "Disk quota", "File too large", "inline_container")):
+        said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"
+    elif issubclass(kind, ModuleNotFoundError):
+        said += f"; pip install {error.name}"
+    elif isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        said = "the connection to another rank is lost; that rank says why"
+    elif not issubclass(kind, OSError):
+        return sys.__excepthook__(kind, error, trace)
+    fail(f"in {doing[0]}: {said}")
 
 
 def first_line(error: BaseException) -> str:

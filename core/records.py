@@ -1,8 +1,10 @@
 """What a run leaves: its folder, one line a step, checkpoints that survive a kill, the model."""
 
+import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -12,6 +14,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,11 +26,17 @@ import torch.distributed.checkpoint.state_dict as sharded
 import transformers
 from torch import Tensor, nn
 
-from core.config import beside, flat, resolve_model
-from core.model import Policy, Tokenizer, load_config, named_weights
-from core.processes import ROOT, World, fail, print0, shutdown
+from core.config import beside, flat, read_json, resolve_model
+from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
+from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
 
+SIGNS = (  # of a collapse: (value, its healthy range, what it means)
+    ("entropy", 0.01, math.inf, "the policy writes nearly the same whatever is sampled"),
+    ("groups_mixed", 0.05, math.inf, "nearly all groups have equal rewards, from which nothing is learned"),
+    ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
+    ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
+)
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -47,6 +58,9 @@ class RunLog:
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
+        self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
+        self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
+        self.recent: list[dict] = []  # the lines of at most five steps
         self.out = open_folder(cfg, script, world)
         if world.rank == 0 and cfg.run.wandb:
             wandb = importlib.import_module("wandb")  # the one optional package
@@ -61,14 +75,42 @@ class RunLog:
         if opened:
             self.seconds[opened] += now - since
         self.open_phase = (name, now)
+        doing[:] = name or "the step's end", now
 
     def set(self, **values: Tensor | float) -> None:
-        """Values of the step that are the same on every rank."""
+        """Values of the step that are the same on every rank; what ends in grad_norm is checked."""
         self.values |= {name: float(value) for name, value in values.items()}
+        for name in (name for name in values if name.endswith("grad_norm") and not self.skip):
+            self.check_update(name, self.values[name])
 
-    def add(self, **terms: Tensor | float) -> None:
-        """Add to the totals of the step, which are reduced over ranks."""
-        combine(self.totals, {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()})
+    def add(self, rows: list | tuple = (), **terms: Tensor | float) -> None:
+        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's."""
+        terms = {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
+        combine(self.totals, terms)
+        if rows:
+            ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
+            self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
+
+    def check_update(self, norm_name: str, norm: float) -> None:
+        """End the run before an update that is not finite, or leave it out (collective)."""
+        terms = [(name, float(value), ids) for name, value, ids in self.terms]
+        mine = [(not math.isfinite(v), abs(v), f"{k} {v:.3g} on rank {self.world.rank} of {i}") for k, v, i in terms]
+        parts: list = [None] * self.world.size
+        dist.all_gather_object(parts, max(mine, default=(False, 0.0, "not known")))
+        bad, _, largest = max(parts)
+        if math.isfinite(norm) and not bad:
+            return
+        self.skipped, self.skip, most = self.skipped + 1, True, self.cfg.run.skip_nonfinite
+        said = f"step {self.next_step}: {norm_name} {norm:.3g}, largest term {largest}; the update was not made"
+        if self.skipped > most:
+            fail(f"{said} and nothing saved: lower --lr, or leave such updates out with --skip_nonfinite {most + 1}")
+        print0(f"{said} ({self.skipped} of --skip_nonfinite {most})")
+
+    def before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Without gradients AdamW moves neither weights nor moments. A hook of every optimizer."""
+        self.terms.clear()
+        if self.skip:
+            optimizer.zero_grad()
 
     def add_mean(self, name: str, values: list[float]) -> None:
         """Add to a mean over all values of step and ranks; without any it is not in the line."""
@@ -82,6 +124,7 @@ class RunLog:
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
         line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
         line |= {name: totals[f"{name}/sum"] / n for name, n in counts.items() if n}
+        line |= {"skipped_nonfinite": self.skipped} if self.skipped else {}
         line |= {f"seconds_{phase}": round(seconds, 4) for phase, seconds in self.seconds.items()}
         for phase in ("update", "rollouts"):
             if self.seconds.get(phase):
@@ -93,8 +136,19 @@ class RunLog:
         if self.wandb:
             self.wandb.log(line, step=step)
         print0(describe_line(line, self.cfg.steps))
-        for part in (self.totals, self.values, self.seconds, self.samples):
+        self.warn(line)
+        self.next_step = step + 1
+        for part in (self.totals, self.values, self.seconds, self.samples, self.terms):
             part.clear()
+
+    def warn(self, line: dict[str, float]) -> None:
+        """Every five steps, say what their mean has of the signs of a collapse."""
+        self.recent.append(line)
+        for name, low, high, meaning in SIGNS if len(self.recent) == 5 else ():
+            values = [line[name] for line in self.recent if name in line]
+            if values and not low <= sum(values) / len(values) <= high:
+                print0(f"steps up to {line['step']}: {meaning} ({name} {sum(values) / len(values):.3f})")
+        self.recent = self.recent[len(self.recent) // 5 * 5 :]
 
     def reduced(self) -> dict[str, float]:
         """The totals over all ranks (collective)."""
@@ -122,8 +176,12 @@ class RunLog:
         for name in ("metrics.jsonl", "samples.jsonl") if self.world.rank == 0 else ():
             path = self.out / name
             if path.exists():
-                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] < step))
+                *lines, cut = path.read_bytes().split(b"\n")
+                if cut:
+                    print0(f"{path}: the last line, which a kill cut short, is dropped")
+                steps = [read_json(line, f"{path}:{n}", "step")["step"] for n, line in enumerate(lines, 1)]
+                kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at < step]
+                write_atomic(path, b"".join(kept).decode())
 
 
 def combine(totals: dict, terms: dict) -> None:
@@ -162,23 +220,59 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 # The folder ---------------------------------------------------------------------------------------
+def agree(cfg, *data: list) -> tuple[list, ...]:
+    """The problems of a run, which takes their hash; it ends where another rank has others, or the
+    run that is resumed had (collective).
+    """
+    digest, run = hashlib.sha256(), cfg.run
+    for p in chain(*data):
+        digest.update(repr((p.id, p.prompt_ids, p.answer, p.expert_ids)).encode())
+    found = once(digest.hexdigest, digest.hexdigest())
+    if run.data_hash not in ("", found):
+        fail(f"--resume {run.resume} began with other problems than --data {run.data} and --test_data now give")
+    cfg.run = replace(run, data_hash=found)
+    return data
+
+
+def take_lock(out: Path) -> str:
+    """Lock a run's folder for the life of this process; or the sentence that says who has it."""
+    path, host, locked = out / "lock", platform.node(), True
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open; of a process that was killed the kernel closes it
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        locked = False
+    except OSError:
+        pass  # a file system without locks
+    holder = os.read(descriptor, 999).decode()
+    if not locked or holder.partition(" ")[0] not in ("", host):
+        end = f"if that one is gone, remove {path}" if locked else "end that one, or choose another folder"
+        return f"--out {out} is in use on {holder}; {end}"
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{host} by process {os.getpid()} since {time.ctime()}".encode(), 0)
+    return ""
+
+
 def open_folder(cfg: object, script: str, world: World) -> Path:
     """The run's folder, with config.json and a copy of all that runs; no old run is overwritten."""
     name = f"{Path(script).stem}-{Path(cfg.run.model).name}-{time.strftime('%m%d-%H%M%S')}"
     chosen = [cfg.run.out or str(Path("runs") / name)]
     dist.broadcast_object_list(chosen, 0)  # all ranks agree on the time in the name
     out = Path(chosen[0])
+    if world.rank == 0:
+        doing[0] = f"opening --out {out}"
+        out.mkdir(parents=True, exist_ok=True)
+    if taken := once(lambda: take_lock(out)):
+        fail(taken)
     if not cfg.run.resume and (out / "metrics.jsonl").exists():
         fail(f"--out {out} already holds a run; continue it with --resume {out} or choose another folder")
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not cfg.run.resume:
-            own = [Path(cfg.run.reward.rpartition(":")[0])] if ":" in cfg.run.reward else []
-            for source in {Path(script).resolve(), ROOT / "common.py", *own}:
-                shutil.copy(source, out / source.name)
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)
-            write_atomic(out / "config.json", json.dumps(describe_run(cfg), indent=1))
+    if world.rank == 0 and not cfg.run.resume:
+        own = [Path(cfg.run.reward.rpartition(":")[0])] if ":" in cfg.run.reward else []
+        for source in {Path(script).resolve(), ROOT / "common.py", *own}:
+            shutil.copy(source, out / source.name)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "core", out / "core", ignore=ignored, dirs_exist_ok=True)
+        write_atomic(out / "config.json", json.dumps(describe_run(cfg), indent=1))
     return out
 
 
@@ -213,7 +307,40 @@ def collect(state: State) -> dict[str, dict]:
 
 def complete_checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run that were written to their end, oldest first."""
-    return sorted(f for f in (out / "checkpoints").glob("*") if f.suffix != ".partial")
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
+
+
+def fingerprints(folder: Path, world: World) -> dict[str, list]:
+    """Size and sha256 of the files of a checkpoint, each read by one of the ranks (collective)."""
+    names, mine = once(lambda: sorted(f.name for f in folder.iterdir() if f.name != "manifest.json")), []
+    for name in names[world.rank :: world.size]:
+        with open(folder / name, "rb") as file:
+            mine.append([os.stat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()])
+    return dict(zip(names, gather(mine, world), strict=True))
+
+
+def damage(folder: Path, found: dict[str, list]) -> str:
+    """What is wrong with a checkpoint of these files, by its manifest and torch's list, or ""."""
+    try:
+        written = json.loads((folder / "manifest.json").read_text())
+        wrong = [n for n in (".metadata", "state.json", *written) if n not in found or found[n] != written.get(n)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{folder / 'manifest.json'} is damaged ({first_line(error)})"
+    parts = [] if wrong else dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    wrong += [p.relative_path for p in parts if found.get(p.relative_path, [0])[0] < p.offset + p.length]
+    return f"{folder / wrong[0]} is missing or not as it was written" if wrong else ""
+
+
+def newest_whole(log: RunLog) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are set aside (collective)."""
+    for folder in reversed(once(lambda: complete_checkpoints(log.out))):
+        if not (wrong := once(partial(damage, folder, fingerprints(folder, log.world)))):
+            return folder
+        aside = once(partial(folder.rename, f"{folder}.damaged-{time.time():.0f}"))
+        print0(f"{wrong}; the checkpoint is set aside as {aside}, the next older one is tried")
+    if once(lambda: any((log.out / "checkpoints").glob("*.damaged-*"))):
+        fail(f"--resume {log.out}: none of its checkpoints is whole; begin again with another --out")
+    return None
 
 
 def save(log: RunLog, step: int, state: State, **extra: object) -> None:
@@ -222,19 +349,28 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     step is the next step to run; extra is the method's own state, as JSON.
     """
     folder = log.out / "checkpoints" / f"{step:08d}"
-    partial = folder.with_name(folder.name + ".partial")
+    aside = folder.with_name(folder.name + ".partial")
     if folder.exists():
         return
+    log.phase("saving")
+    found: list = [""] * log.world.size
+    dist.all_gather_object(found, "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module)))
+    if any(found):
+        fail(f"step {step}: the weight {max(found)} is not finite; no checkpoint was written, the last ones are whole")
     if log.world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
+        (aside / "state.json").write_text(json.dumps({"step": step, **extra}))
     dist.barrier()
     stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
-    dcp.save(collect(stepped), checkpoint_id=partial)  # torch would step an optimizer that has no state yet
-    dist.barrier()
+    dcp.save(collect(stepped), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
+    found = fingerprints(aside, log.world)
+    once(lambda: (aside / "manifest.json").write_text(json.dumps(found)))
+    if wrong := once(lambda: damage(aside, found)):
+        fail(f"step {step}: {wrong}, though just written; the older checkpoints are as they were")
     if log.world.rank == 0:
-        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
-        os.replace(partial, folder)
+        os.replace(aside, folder)
         for old in complete_checkpoints(log.out)[: -log.cfg.run.keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -245,19 +381,27 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
 
     Without a checkpoint (a new run, or one killed before its first) the run starts at step 0.
     """
-    found = complete_checkpoints(log.out) if log.cfg.run.resume else []
+    found = newest_whole(log) if log.cfg.run.resume else None
     extra = {"step": 0}
     if found:
-        saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata}
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP's lr, betas ... are pickles too, which could run code
+        saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found).read_metadata().state_dict_metadata}
         stepped = {name: entry for name, entry in state.items() if name in saved}
         loaded = collect(stepped)
-        dcp.load(loaded, checkpoint_id=found[-1])
+        dcp.load(loaded, checkpoint_id=found)
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
                 sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
             else:
                 sharded.set_model_state_dict(entry, loaded[name])
-        extra = json.loads((found[-1] / "state.json").read_text())
+        extra = json.loads((found / "state.json").read_text())
+        if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
+            fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")
+    if extra["step"] > log.cfg.steps:
+        fail(f"--resume {log.out}: --steps {log.cfg.steps}, but its last checkpoint is of step {extra['step']}")
+    for entry in (entry for entry in state.values() if isinstance(entry, tuple)):
+        entry[1].register_step_pre_hook(log.before_update)
+    log.next_step, log.skipped = extra["step"], extra.get("skipped", 0)
     if log.cfg.run.resume:
         print0(f"resuming {log.out} at step {extra['step']}{'' if found else ' (it has no checkpoint yet)'}")
         log.rewind(extra["step"])
@@ -272,10 +416,13 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
     weights are what is exported where it is not the policy as it is.
     """
     if step == log.cfg.steps:
+        log.phase("exporting")
         log.last(step)
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
         print0(f"stopped at step {step}; continue with --resume {log.out}")
+    if log.world.rank == 0:
+        (log.out / "lock").write_text("")  # a run that ended may go on on another host
     shutdown()
 
 
@@ -284,6 +431,8 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
     weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
+    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), ""):
+        fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
     if log.world.rank == 0:
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
@@ -294,7 +443,7 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published
         tokenizer.save_pretrained(final)
         path = Path(resolve_model(run.model)) / "settings.json"
-        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings = read_json(path.read_bytes(), path) if path.is_file() else {}
         asked = {name: getattr(run, name) for name in ("template", "template_args", "system", "request")}
         settings |= {name: value for name, value in asked.items() if value not in ("auto", None)}
         for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):

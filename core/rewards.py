@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from core.answers import words_right
+from core.answers import knights_right, words_right
 from core.processes import fail, first_line
 from core.verifier import answer_part, countdown_right, in_pool, verify
 
@@ -25,6 +25,10 @@ class Grader:
     kind: str = ""  # words_reward and the like, for all answers; empty: what each looks like
     solved: float = 1.0  # a reward from here on is a solved problem
     seconds: float = 5.0  # time limit of one completion
+
+    def solves(self, reward: float) -> bool:
+        """Whether a reward reaches --solved; weighted parts may sum to a hair less."""
+        return reward >= self.solved - 1e-6
 
 
 VERIFIER = Grader()
@@ -42,8 +46,13 @@ def countdown_reward(problem, completion: str) -> float:
     return verify([answer_part(completion, problem.thinks)], [problem.answer], right=countdown_right)[0][0]
 
 
+def knights_reward(problem, completion: str) -> float:
+    """1 where the box has each name as knight or knave, as in the answer, else 0."""
+    return verify([answer_part(completion, problem.thinks)], [problem.answer], right=knights_right)[0][0]
+
+
 def words_reward(problem, completion: str) -> float:
-    """1 where the box has the answer's words, or each name as knight or knave, else 0."""
+    """1 where the box has the answer's words, else 0."""
     return verify([answer_part(completion, problem.thinks)], [problem.answer], right=words_right)[0][0]
 
 
@@ -53,7 +62,8 @@ def math_reward(problem, completion: str) -> float:
 
 
 # What verify is given for them, whole batches at a time.
-COMPARED = {"math_reward": None, "countdown_reward": countdown_right, "words_reward": words_right}
+COMPARED = {"math_reward": None, "countdown_reward": countdown_right, "knights_reward": knights_right}
+COMPARED |= {"words_reward": words_right}
 
 
 def load_grader(run, reward_fn: RewardFn) -> Grader:

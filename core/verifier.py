@@ -9,7 +9,6 @@ import operator
 import os
 import re
 import resource
-import signal
 import sys
 import threading
 import time
@@ -147,9 +146,8 @@ def risk(text: str) -> int:
 
 
 def calm() -> None:
-    """As a worker begins: signals are for the run, and memory ends 2 GB above what was forked."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """As a worker begins: signals to the run's group are not its, and memory ends 2 GB above."""
+    os.setpgrp()
     if sys.platform == "linux":
         forked = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (forked + 2**31, resource.RLIM_INFINITY))

@@ -63,6 +63,7 @@ class VLLMEngine:
         cuda = world.device.type == "cuda"
         self.engine = vllm.LLM(
             folder,
+            load_format="safetensors",
             skip_tokenizer_init=True,
             hf_overrides={name: getattr(config, name) for name in changed},
             use_tqdm_on_load=False,

@@ -24,7 +24,7 @@ sampler_memory = 0.4 | ours: the trainer needs the rest
 tensor_parallel = 1 | ours
 rope_theta = 0.0 | ours: the model's own
 max_positions = 0 | ours: the model's own
-tokens_per_microbatch = 16384 | ours: half of the forks' 32768; no number depends on it
+tokens_per_microbatch = 0 | ours: 16384, half of the forks' 32768, and on a CPU 2048; no number depends on it
 checkpoint_activations = False | ours: slower
 weight_decay = 0.01 | AdamW of torch and of verl
 grad_clip = 1.0 | verl's actor.yaml; on another scale there, see the docstrings
@@ -35,6 +35,8 @@ eval_samples = 1 | ours
 save_every = 50 | ours
 keep = 2 | ours: a torn disk leaves one
 wandb = False | ours
+skip_nonfinite = 0 | an update that is not finite ends the run
+data_hash = '' | no flag: what load_data finds
 """
 
 GRPO = """

@@ -104,6 +104,22 @@ ROWS = {  # a row: the turns of its question, and its trace
         [USER],
         "<think>\nhm\n</think>\n\n" + RIGHT["content"],
     ),
+    "alpaca with its system": (
+        {"system": "Be brief.", "instruction": "1+1?", "output": "2"},
+        [SYSTEM, USER],
+        "2\n\\boxed{2}",
+    ),
+    "plain with its system": (
+        {"system": "Be brief.", "problem": "1+1?", "expert": "\\boxed{2}"},
+        [SYSTEM, USER],
+        "\\boxed{2}",
+    ),
+    "empty system": ({"system": "", "problem": "1+1?", "expert": "\\boxed{2}"}, [USER], "\\boxed{2}"),
+    "whole chat as trace": (
+        {"problem": "x", "expert": [SYSTEM, USER, RIGHT], "system": "y"},
+        [SYSTEM, USER],
+        RIGHT["content"],
+    ),
     "column of messages": ({"problem": "1+1?", "expert": [RIGHT]}, [USER], RIGHT["content"]),
 }
 
@@ -125,6 +141,8 @@ def test_schemas(name, tmp_path):
         ({"messages": [USER, RIGHT | {"content": None, "tool_calls": [{}]}]}, "no solution"),
         ({"messages": [USER, RIGHT | {"tool_calls": [{}]}]}, "no solution"),
         ({"messages": [RIGHT]}, "no problem"),
+        ({"prompt": [USER], "completion": [RIGHT, USER]}, "expert trace that is more than text"),
+        ({"input": "1+1?", "output": "\\boxed{2}"}, "no problem"),
         ({"messages": [USER | {"content": ""}, RIGHT]}, "problem with no text or with more than text"),
         ({"messages": [USER | {"content": IMAGE}, RIGHT]}, "problem with no text or with more than text"),
         ({"messages": [USER | {"content": None}, RIGHT]}, "problem with no text or with more than text"),
@@ -301,7 +319,7 @@ def test_system_turn_and_request(name):
     template, flags, row, wanted = ASKED[name]
     tokenizer = chat_tokenizer()
     request = "" if name.startswith(("--system", "empty")) else BOX_REQUEST
-    asking = data.choose_asking(tokenizer, template, **({"system": None, "request": request, "args": ""} | flags))
+    asking = data.choose_asking(tokenizer, template, **({"request": request} | flags))
     text, ids = data.render(row, asking)
     assert text == tokenizer.apply_chat_template(wanted, tokenize=False) + "<think>\n" * (template == "think")
     assert ids == tokenizer(text).input_ids
@@ -312,7 +330,7 @@ def test_system_turn_and_request(name):
     [
         ("plain", None, f"1+1?{BOX_REQUEST}\n"),
         ("plain", "Hm.", f"Hm.\n1+1?{BOX_REQUEST}\n"),
-        ("qwen_math", None, data.render("1+1?", data.choose_asking(byte_tokenizer(), "qwen_math", None, "", ""))[0]),
+        ("qwen_math", None, data.render("1+1?", data.choose_asking(byte_tokenizer(), "qwen_math", request=""))[0]),
         ("qwen_math", "Hm.", "<|im_start|>system\nHm.<|im_end|>\n<|im_start|>user\n1+1?" + BOX_REQUEST + "<|im_end|>"),
         ("think", "Hm.", "<|im_start|>system\nHm.<|im_end|>\n<|im_start|>user\n1+1?" + BOX_REQUEST + "<|im_end|>"),
     ],
@@ -487,7 +505,7 @@ def test_ordinary_rows_have_the_ids_of_the_template(name, template, tmp_path):
     """Those that the tokenizer makes of its whole chat template; a hint as of the whole text."""
     tokenizer = TOKENIZERS[name]
     for text in ("1+1?", "  two\n lines ", "½ naïve"):
-        asking = data.choose_asking(tokenizer, template, None, "", "")
+        asking = data.choose_asking(tokenizer, template, request="")
         said, options = [USER | {"content": text}], {"tokenize": True, "return_dict": False, **asking.args}
         assert data.render(text, asking)[1] == tokenizer.apply_chat_template(
             said, add_generation_prompt=True, **options

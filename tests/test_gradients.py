@@ -191,6 +191,21 @@ def test_filler_has_no_gradient(world):
     assert all(common.full_tensor(p.grad).abs().max() == 0 for p in policy.parameters())
 
 
+@pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_groups_of_equal_rewards(norm, world):
+    """Dropped, they are as if never sampled; kept, they count in w and add no direction."""
+    found = {}
+    for name, chosen, flag in (("all", "01", "keep"), ("drop", "01", "drop"), ("alone", "0", "keep")):
+        groups = [[fixed_row(problem("q" * (g + 1)), i, []) for i in range(8)] for g in (0, 1) if str(g) in chosen]
+        for row in groups[-1] if "1" in chosen else []:
+            row.reward = 0.1  # eight of which have another mean
+        flags = {"loss_norm": norm, "zero_variance": flag, "problems_per_step": len(groups)}
+        ((found[name],), _) = one_step(grpo, [random_model("qwen2", 0, torch.float64)], groups, **FLAGS | flags)
+    for mine, dropped, kept in zip(found["alone"], found["drop"], found["all"], strict=True):
+        assert torch.equal(mine, dropped) and torch.allclose(kept, mine / 2, rtol=1e-6, atol=1e-12)
+    assert max(gradient.abs().max() for gradient in found["alone"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("flag", "one", "two"),
     [

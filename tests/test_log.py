@@ -1,6 +1,7 @@
 """The headline is of what the policy wrote alone, in every file; what was sampled is counted."""
 
 import importlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -86,7 +87,10 @@ class Log:
     """Keeps the values of every mean."""
 
     def __init__(self):
-        self.values, self.samples = {}, []
+        self.values, self.samples, self.terms = {}, [], {}
+
+    def add(self, *rows, **terms):
+        self.terms |= terms
 
     def add_mean(self, name, values):
         self.values.setdefault(name, []).extend(float(value) for value in values)
@@ -103,6 +107,16 @@ def test_a_group_counts_once_however_many_plain_rows_it_has():
     means = {name: sum(values) / len(values) for name, values in log.values.items()}
     assert (means["reward"], means["completion_tokens"], means["truncated"]) == (0.5, 25, 0.5)
     assert means["groups_failed"] == 0.5 and means["guided_reward"] == 1
+
+
+def test_how_far_sampler_and_trainer_differ():
+    """exp(trainer - sampler) of policy tokens: mean, share outside [0.9, 1.1], largest; else 1."""
+    log, rows = Log(), [common.Rollout(problem("q"), [5, 6, 7, 0], 1, [-1.0, -2.0, -3.0])]
+    logprobs = torch.tensor([[-9.0, -1.0, -2.0 + math.log(1.05), -3.0 + math.log(0.5)]])
+    common.log_update(log, {}, common.make_batch(rows), logprobs, 1)
+    assert log.values["sampler_ratio"] == pytest.approx([1, 1.05, 0.5], rel=1e-5)
+    assert log.values["sampler_ratio_off"] == [0, 0, 1] and log.terms["sampler_ratio_max"] == pytest.approx(1.05)
+    assert common.importance_weights(common.make_batch(rows), logprobs, 2.0)[0, :2].tolist() == [1, 1]
 
 
 def test_partial_rewards_solve_nothing():

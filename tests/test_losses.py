@@ -150,6 +150,9 @@ def test_advantages_by_hand():
     assert scaled[1, 3] == pytest.approx(7.5 / (5 + 1e-6), rel=1e-6)
     assert (scaled[2] == 0).all() and (plain[2] == 0).all()
     assert (common.group_advantages(torch.ones(2, 1), True) == 0).all()
+    for n, dtype in ((8, torch.float32), (7, torch.float64)):  # whose mean of 0.1 is not 0.1
+        equal = torch.full((1, n), 0.1, dtype=dtype)
+        assert equal.mean() != equal[0, 0] and (common.group_advantages(equal, True) == 0).all()
 
 
 def test_the_baseline_of_advantages():

@@ -489,6 +489,19 @@ def test_garbage_and_padding_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", list(MODULES))
+def test_a_loss_writes_nothing_in_place(name):
+    """What it is given is as it was: the next one that reads it counts and weighs the same."""
+    c = ragged(stored=(True, False, False, True))
+    given = {k: v for k, v in vars(c.batch).items() if isinstance(v, torch.Tensor)}
+    given |= {"logprobs": c.logprobs, "entropy": c.entropy, "ref_logprobs": c.ref_logprobs}
+    before = {k: v.detach().nan_to_num(7.0).clone() for k, v in given.items()}
+    rest = {"chord": (0.3,), "srft": (MEAN_ENTROPY,)}.get(name, ())
+    flags = {"kl_coef": 0.1, "entropy_coef": 0.1} if name in ONLINE else {}
+    loss(MODULES[name], c, settings(MODULES[name], **flags), *rest)
+    assert all(torch.equal(before[k], v.detach().nan_to_num(7.0)) for k, v in given.items())
+
+
+@pytest.mark.parametrize("name", list(MODULES))
 def test_a_filler_has_no_weight(name):
     """A rank without rows runs through loss and backward with a row that adds exactly nothing."""
     filler = common.Rollout(common.Problem("filler", "", [0], "", None), [0])

@@ -3,21 +3,17 @@
 import importlib
 import inspect
 import json
-import random
 import re
 import shutil
 import sys
 
 import pytest
-from conftest import ROOT, read_metrics, run_script, train
+from conftest import ROOT, easy_problems, read_metrics, run_script, train
 from safetensors.torch import load_file
 
 import common
 from core.config import flat
 from results.methods import METHODS
-
-sys.path.insert(0, str(ROOT / "tiny"))
-import make  # noqa: E402
 
 ONLINE = ["--group_size", "4"]
 FLAGS = {  # with which four steps on a few problems meet everything that the method does
@@ -46,13 +42,9 @@ def test_every_method_is_here():
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
-    """Problems that the bundled model solves sometimes, so that groups are mixed: few products."""
-    rng, rows = random.Random(0), {}
-    while len(rows) < 24:
-        problem, solution, answer = make.write_out(*make.chain(rng, len(rows) % 3, 1))
-        rows[problem] = {"id": problem, "problem": problem, "answer": answer, "solution": solution}
+    """Problems that the bundled model solves sometimes, so that groups are mixed."""
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    easy_problems(path)
     return path
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import problem, random_model
+from conftest import SIZES, problem, random_model, run_script
 
 import common
 from core import model as core_model
@@ -84,10 +84,43 @@ def test_masks(tokenizer, world):
 
 def test_prompt_is_not_trained(tokenizer, world):
     """A column for each completion token and none for the prompt's, whose targets have none."""
-    policy = common.shard(random_model("llama", dtype=torch.float64), world)
+    policy, lengths = common.shard(random_model("llama", dtype=torch.float64), world), [6, 2, 20, 2]
     batch = common.make_batch(rows(tokenizer), world.device)
     logprobs, _ = common.token_logprobs(policy, batch, 1.0)
-    assert logprobs.shape == batch.completion_ids.shape and int((logprobs != 0).sum()) == sum(batch.lengths)
+    assert logprobs.shape == batch.completion_ids.shape == (4, 20)
+    assert (logprobs != 0).sum(1).tolist() == batch.completion_mask.sum(1).tolist() == lengths
+
+
+def tensors(batch: common.Batch) -> dict[str, torch.Tensor]:
+    """A copy of all that a batch holds, without NaN."""
+    return {k: v.nan_to_num(7.0).clone() for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+
+
+def test_nothing_is_written_in_place(tokenizer, world):
+    """Asked again, log-probabilities are the same, and the batch is as it was; at 0.7 too."""
+    policy = common.shard(random_model("llama"), world)
+    batch = common.make_batch(rows(tokenizer), world.device)
+    before, first = tensors(batch), common.token_logprobs(policy, batch, 0.7)
+    common.old_logprobs(batch, common.reference_logprobs(policy, batch, 0.7))
+    again = common.token_logprobs(policy, batch, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(batch).items())
+
+
+def test_dropout_is_off(tokenizer, world, tmp_path):
+    """A model trained with dropout in attention, embeddings and residuals has one answer here."""
+    sizes = {name: size for name, size in SIZES.items() if "key_value" not in name}
+    noise = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}
+    config = transformers.PhiConfig(**sizes, **noise, vocab_size=257, eos_token_id=0, bos_token_id=None)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    run = common.RunConfig(model=str(tmp_path))
+    policy, stock = common.load_policy(run, world), common.load_model(run, attention="sdpa").train()
+    batch = common.make_batch(rows(tokenizer), world.device)
+    one, two = (common.token_logprobs(policy, batch, 1.0)[0] for _ in range(2))
+    ids = torch.arange(1, 9)[None]
+    assert policy.training and torch.equal(one, two) and one.any()
+    assert torch.equal(stock(ids).logits, stock(ids).logits)
 
 
 def test_microbatches_keep_every_row_once_and_the_budget(tokenizer, world):
@@ -117,14 +150,15 @@ def test_overfit_one_row_reproduces_it_and_stops(tokenizer, world, model_folder)
 
 
 def test_unsupported_attention_is_refused():
-    """A soft cap, and a window that is shorter than a row, are refused and not ignored."""
-    model = random_model("qwen2")
-    layer = model.model.layers[0].self_attn
-    q = k = v = torch.zeros(1, 4, 5, 8)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, softcap=30.0, row_lengths=[5])
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        core_model.packed_attention(layer, q, k, v, None, 1.0, sliding_window=3, row_lengths=[5])
+    """A mask, borders that are not handed on, and a cap without an eager function."""
+    layer, q = random_model("qwen2").model.layers[0].self_attn, torch.zeros(1, 4, 5, 8)
+    for module, mask, features in (
+        (layer, q, {"row_lengths": [5]}),
+        (layer, None, {}),
+        (torch.nn.Linear(1, 1), None, {"softcap": 30.0, "row_lengths": [5]}),
+    ):
+        with pytest.raises(NotImplementedError, match="mask of its own or no borders of rows"):
+            core_model.packed_attention(module, q, q, q, mask, 1.0, **features)
 
 
 def test_activation_checkpointing_changes_no_gradient(tokenizer, world):
@@ -164,3 +198,21 @@ def test_a_model_without_rotary_positions_is_refused(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="gpt2 has no rotary position embedding"):
         common.load_model(common.RunConfig(model=str(tmp_path), rope_theta=1e4))
+
+
+FREED = """
+import torch, common
+common.init(0)
+kept, found = [], []
+for _ in range(2):
+    large = [torch.ones(3_000_000) for _ in range(40)]
+    kept.append(torch.ones(500_000))  # on top of the heap
+    del large
+    found.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
+print(found[1] - found[0])
+"""
+
+
+def test_freed_memory_goes_back():
+    """A micro-batch is not kept by the allocator below a small tensor that outlives it."""
+    assert float(run_script("-c", FREED).stdout) < 100

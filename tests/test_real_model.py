@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, read_metrics, train
+from conftest import ROOT, read_metrics, run_script, train
 from safetensors.torch import load_file
 
 import common
@@ -116,6 +116,16 @@ def test_packed_logprobs_are_those_of_a_plain_forward(rows, folder, tokenizer, s
             logp = F.log_softmax(stock(line).logits[0, -length - 1 : -1], -1)
             plain = logp.gather(1, line[0, -length:, None])[:, 0]
             assert (packed[row, :length] - plain).abs().max() < 1e-3
+
+
+def test_memory_does_not_grow_over_steps(rows, folder, tmp_path):
+    """The peak of a whole run is that of its second step, the first with Adam's moments."""
+    flags = ["--data", rows, "--test_data", "", "--steps", 5, "--problems_per_step", 3, "--tokens_per_microbatch", 400]
+    flags += ["--max_completion_tokens", 112, "--sampler", "hf", "--out", tmp_path / "run"]
+    run_script("sft.py", "--model", *map(str, [folder, *flags]), timeout=900)
+    lines = read_metrics(tmp_path / "run", clocks=True)
+    peaks = [line["peak_memory_mb"] for line in lines if "loss" in line]
+    assert len(peaks) == 5 and peaks[-1] < 1.05 * peaks[1], peaks
 
 
 def test_a_base_model_ends_its_turn(folder, tmp_path, world):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_metrics, run_script, train
 
+from core.records import complete_checkpoints
+
 SMALL = "--model tiny --steps 6 --problems_per_step 4 --save_every 2 --eval_every 3 --keep 2".split()
 ONLINE = "--group_size 4 --updates_per_step 2 --zero_variance keep".split()
 EXTRA = {"bread": ONLINE, "grpo": [*ONLINE, "--kl_coef", "0.1"], "sft": []}
@@ -79,6 +81,13 @@ def test_torn_and_partial_files_are_left_out(straight, tmp_path):
     (out / "checkpoints/00000005.partial").mkdir(parents=True)
     run_script("sft.py", "--resume", str(out))
     assert read_metrics(out) == read_metrics(straight / "sft")
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    """What a kill left while it was written has no part in a resume; the others are in order."""
+    for name in ("00000004", "00000002", "00000006.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["00000002", "00000004"]
 
 
 def test_what_a_run_leaves(straight):

@@ -23,6 +23,9 @@ def row(problem, completion):
 def parts(problem, completion):
     return {"digits": (0.5, sum(c.isdigit() for c in completion)), "boxed": (-2.0, "boxed" in completion)}
 
+def tenths(problem, completion):
+    return 0.7 + 0.2 + 0.1 if completion == "2" else 0.0
+
 def slow(problem, completion):
     time.sleep(60 * (completion == "hang"))
     return 1
@@ -104,6 +107,12 @@ NUMBERS = {"target": 5, "nums": [8, 2, 1]}
             "Paris",
             ["\\boxed{\\text{PARIS}}", "\\boxed{paris} \\boxed{Paris}"],
             ["Paris", "\\boxed{sirap}"],
+        ),
+        (
+            "knights_reward",
+            KNIGHTS,
+            ["\\boxed{Knaves: Bo; Knights: Ann}"],
+            ["\\boxed{Ann is a knight}", "\\boxed{Ann}"],
         ),
         ("words_reward", "Ann", ["\\boxed{ann}"], ["\\boxed{nan}", "\\boxed{Ann} \\boxed{Bo}"]),
         ("words_reward", "red and blue", ["\\boxed{blue, red}", "\\boxed{red}, \\boxed{blue}"], ["\\boxed{red}"]),
@@ -222,14 +231,22 @@ def test_rows_without_an_answer(own, tmp_path):
         common.load_problems(str(path), tokenizer, require_expert=True)
 
 
+def test_a_trace_that_is_solved_but_for_rounding_is_kept(own, tmp_path):
+    """0.7 + 0.2 + 0.1 is a hair below 1; a rollout of that reward is solved, so is the trace."""
+    tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "1+1", "solution": "2"}) + "\n")
+    assert len(common.load_problems(str(path), tokenizer, require_expert=True, grader=own("tenths"))) == 1
+
+
 def test_a_named_reward_reads_its_golds(tmp_path, capsys):
     """Others are counted drops; traces get their box and are checked, as by default."""
     tokenizer, path = common.load_tokenizer("tiny"), tmp_path / "rows.jsonl"
     asked = {"problem": "1+1", "meta": NUMBERS}
     found = [asked | {"solution": "8/2+1", "answer": "8/2+1"}, asked | {"solution": "8-2", "answer": "8-2"}]
-    found += [{"problem": "1+1", "answer": "2", "solution": "2"}]
+    found += [{"problem": "1+1", "answer": "2", "solution": "2"}, {"problem": "Who?", "answer": KNIGHTS}]
+    found[-1]["solution"] = f"So it is.\n{KNIGHTS}"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    for name, kept in (("countdown_reward", 1), ("words_reward", 1), ("math_reward", 2)):
+    for name, kept in (("countdown_reward", 1), ("knights_reward", 1), ("words_reward", 2), ("math_reward", 3)):
         grader = load_grader(common.RunConfig(reward=name), common.math_reward)
         problems = common.load_problems(str(path), tokenizer, require_expert=True, grader=grader)
         said = capsys.readouterr().out

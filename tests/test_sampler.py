@@ -62,6 +62,14 @@ def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, wo
         assert (plain - batch.sampler_logprobs)[batch.policy_mask].abs().max() > 1e-2
 
 
+def test_the_limit_is_the_completions(sampler):
+    """max_tokens counts a completion with its prefix, and no token of the prompt; EOS is kept."""
+    rows = [r for group in sampler.generate(questions(4), [[], [5], [6] * 3, []], 40, 4, 1.0, (0,)) for r in group]
+    assert all(r.finished or len(r.completion_ids) == 4 for r in rows) and any(not r.finished for r in rows)
+    late = [r for group in sampler.generate(questions(4), None, 40, 60, 1.0, (0,)) for r in group]
+    assert any(r.finished for r in late) and any(not r.finished for r in late)
+
+
 def test_greedy_is_argmax(sampler, model_folder):
     """Temperature 0 takes the stock model's likeliest token, one after the other."""
     question = questions(1)[0]

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from mutations import MUTATIONS
+from mutations import MUTATIONS, known_bugs
 
 import bench
 import common
@@ -51,7 +51,7 @@ def test_the_whole_is_short():
     count = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert count["common.py"] <= 420
     assert count["common.py"] + sum(count[f"{name}.py"] for name in NAMES) <= 3500
-    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 2320
+    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 2689
 
 
 @pytest.mark.parametrize("method", CHILDREN, ids=lambda m: m.name)
@@ -73,6 +73,16 @@ def test_every_planted_line_is_there():
     """Once each, so that tests/mutations.py can break it."""
     places = {line: (ROOT / name).read_text().count(line) for name, line, _ in MUTATIONS}
     assert {line: n for line, n in places.items() if n != 1} == {}
+
+
+def test_the_table_of_known_bugs_is_true():
+    """Each row has tests that exist and mutations that are planted, or says why it cannot occur."""
+    for bug, tests, mutations in known_bugs():
+        assert all(len(found) == 1 for found in mutations), f"{bug}: of no mutation, or of several"
+        assert bool(tests) == bool(mutations) == ("cannot occur: " not in bug), bug
+        for file, name in (test.split("::") for test in tests):
+            assert f"\ndef {name}(" in (ROOT / f"tests/{file}.py").read_text(), f"{bug}: {file}::{name}"
+    assert {int(bug.split(".")[0].split()[0]) for bug, *_ in known_bugs()} == set(range(9))
 
 
 # Shared paragraphs --------------------------------------------------------------------------------
@@ -174,8 +184,8 @@ def test_core_and_common_know_no_method():
 
 
 def test_what_common_hands_on_is_used_and_complete():
-    """__all__ has what method files use of core/, no more and no less."""
-    used = set()
+    """__all__ has what method files and the README use of core/, no more and no less."""
+    used = set(re.findall(r"\bcommon\.(\w*_reward)", (ROOT / "README.md").read_text()))
     for name in [*NAMES, "eval", "bench"]:
         used |= set(re.findall(r"\bcommon\.(\w+)", (ROOT / f"{name}.py").read_text()))
     tree = ast.parse((ROOT / "common.py").read_text())

@@ -340,7 +340,7 @@ def test_golds_that_math_verify_reads_only_between_dollars(gold, box):
     assert golds_parse([gold]) == [True] and one(box, gold) == 1
 
 
-@pytest.mark.parametrize(("box", "expected"), [("28\\%", 1), ("0.28", 1), ("0.2801", 0), ("2800\\%", 0)])
+@pytest.mark.parametrize(("box", "expected"), [("28\\%", 1), ("28", 1), ("0.28", 1), ("0.2801", 0), ("2800\\%", 0)])
 def test_a_percent_gold_accepts_both_readings(box, expected):
     """28 % is 28 and 0.28."""
     assert one(box, "28\\%") == expected
