@@ -102,7 +102,7 @@ def test_a_leak_is_refused(name, folder, world, monkeypatch):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_at_load(name, folder, world):
     """By one sentence, before a step."""
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*(trained here|could be loaded)[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*(trained here|could be loaded|cannot be packed)[^\n]*$"):
         common.load_policy(common.RunConfig(model=folder(name)), world)
 
 

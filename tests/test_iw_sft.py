@@ -274,7 +274,7 @@ def test_temperature_is_not_the_likelihoods(method, changes, temperature, world)
 
 @pytest.mark.parametrize("method", ["sft", "iw_sft"])
 def test_temperature_is_the_evaluations(method, tmp_path, world, monkeypatch):
-    """The test problems are sampled at it, and nothing else is sampled."""
+    """The test problems are sampled at it, and nothing else but what the first sync checks."""
     asked, decode = [], TransformersEngine.decode
 
     def spy(engine, prompts, prefixes, n, max_tokens, temperature, *rest):
@@ -286,7 +286,7 @@ def test_temperature_is_the_evaluations(method, tmp_path, world, monkeypatch):
     (tmp_path / "test.jsonl").write_text("".join(lines[:3]))
     flags = "--model tiny --steps 1 --problems_per_step 2 --temperature 0.25".split()
     train(method, *flags, "--test_data", tmp_path / "test.jsonl", "--out", tmp_path / "run")
-    assert asked == [(3, 0.25)] * 2
+    assert asked == [(1, 1.0), *[(3, 0.25)] * 2]
 
 
 # The draw by scores -------------------------------------------------------------------------------
