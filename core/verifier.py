@@ -147,9 +147,11 @@ def calm() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (forked + 2**31, resource.RLIM_INFINITY))
 
 
-def timed(function: Callable, *item: object) -> tuple[object, float]:
+def timed(seconds: float, function: Callable, *item: object) -> tuple[object, float]:
     """In a worker: (what a function says, seconds of its CPU that took)."""
     since = time.process_time()
+    limit = math.ceil(since + seconds) + 5  # for one that hangs when a killed run can no longer end it
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
     return function(*item), time.process_time() - since
 
 
@@ -169,7 +171,7 @@ def in_pool(
             fork = multiprocessing.get_context("fork")
             _pool = pebble.ProcessPool(max_workers=min(8, os.cpu_count() or 1), initializer=calm, context=fork)
         order = sorted(range(len(items)), key=lambda i: risk(items[i][1]) if hostile else i)
-        futures = {i: _pool.schedule(timed, args=(function, *items[i]), timeout=time_limit) for i in order}
+        futures = {i: _pool.schedule(timed, args=(time_limit, function, *items[i]), timeout=time_limit) for i in order}
     budget = 10 * max(1, len(items) / 1000) if hostile else math.inf
     results, errors, lost = [None] * len(items), [], 0.0
     for i, future in tqdm(futures.items(), desc=progress or "verifying", disable=None, leave=False, delay=2):

@@ -43,7 +43,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks: test_dapo",
     "core/vllm_sampler.py": "test_vllm",
-    "core/verifier.py": "test_verifier test_data test_fuzz test_faults:workers",
+    "core/verifier.py": "test_verifier test_data test_fuzz test_faults:worker",
     "core/answers.py": "test_verifier test_fuzz",
     "eval.py": "test_eval",
     "grpo.py": METHOD + " test_losses test_gradients",
@@ -294,6 +294,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/model.py", '"use_safetensors": True', '"use_safetensors": None'),
     ("core/config.py", 'flags["resume"] = ""', "pass"),
     ("core/verifier.py", "    os.setpgrp()\n", ""),
+    ("core/verifier.py", "resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))", "pass"),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),

@@ -287,7 +287,8 @@ def test_plot(tmp_path):
         whole = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(whole + '{"step": 4, "rew')
     done = run_script("plot.py", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG" and "metrics.jsonl:5 is damaged and left out" in done.stdout
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert "metrics.jsonl:5 is damaged and left out" in done.stdout
 
 
 @pytest.mark.parametrize(("content", "sentence"), [(None, "there is no"), ("", "holds no step yet")])

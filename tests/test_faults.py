@@ -38,6 +38,28 @@ print(in_pool(time.sleep, [(2,)] * 8, 20), stop.seen, flush=True)
     assert "([None, None, None, None, None, None, None, None], 0) True" in printed and "reward error" not in printed
 
 
+def test_a_hung_worker_does_not_outlive_a_killed_run(tmp_path):
+    """Nobody is left to end it, and it hears nothing; its CPU time is limited."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from core.verifier import in_pool
+print(in_pool(len, [("a",)], 20), flush=True)
+in_pool(sum, [(range(10**13),)], 2)
+"""
+    (tmp_path / "pool.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "pool.py"), str(ROOT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "([1], 0)\n"
+    time.sleep(1)
+    workers = faults.family(process.pid)[1:]
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while left := faults.alive(workers):
+        assert time.monotonic() < until, left
+
+
 @pytest.mark.timeout(600)
 def test_trials():
     """Of one method, by date; `python tests/faults.py` tries all."""
