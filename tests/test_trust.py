@@ -1,6 +1,7 @@
 """What cannot be right ends with one sentence: numbers, data, folders, signals, collapse."""
 
 import importlib
+import hashlib
 import json
 import os
 import re
@@ -181,6 +182,9 @@ def test_resume_refuses_another_run(what, run, tmp_path):
     else:
         path, said = out / "checkpoints/00000002/state.json", "was trained on other problems than --data"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "of another run"}))
+        written = [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        manifest = path.with_name("manifest.json")
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": written}))
     before = {p: p.read_bytes() for p in out.rglob("*.json*")}
     ends_with(run_script(script, "--resume", str(out), "--steps", "3", *flags, check=False), said)
     assert {p: p.read_bytes() for p in out.rglob("*.json*")} == before
