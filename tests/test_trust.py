@@ -1,7 +1,7 @@
 """What cannot be right ends with one sentence: numbers, data, folders, signals, collapse."""
 
-import importlib
 import hashlib
+import importlib
 import json
 import os
 import re
