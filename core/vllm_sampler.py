@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from core.config import RunConfig, resolve_model  # noqa: E402
-from core.model import Policy, load_config, named_weights  # noqa: E402
+from core.model import Policy, Tokenizer, load_config, named_weights  # noqa: E402
 from core.processes import World, before_shutdown, fail  # noqa: E402
 from core.sampler import Sampled, stop_ids  # noqa: E402
 
@@ -37,13 +37,8 @@ CPU |= {"enable_chunked_prefill": False}  # a chunk breaks seeded requests there
 class VLLMEngine:
     """Ranks [0, tensor_parallel), [tensor_parallel, 2 tensor_parallel), ... share an engine."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        world: World,
-        max_tokens: int,  # of prompt and completion
-    ):
+    def __init__(self, run: RunConfig, tokenizer: Tokenizer, world: World, max_tokens: int):
+        """max_tokens: of prompt and completion."""
         size = run.tensor_parallel  # ranks that share an engine
         if world.size % size:
             fail(f"--tensor_parallel {size} does not divide {world.size} processes")
@@ -94,8 +89,7 @@ class VLLMEngine:
             self.asleep = {"weights", "kv_cache"}
 
     def _wake(self, *tags: str) -> None:
-        needed = [tag for tag in tags if tag in self.asleep]
-        if needed:
+        if needed := [tag for tag in tags if tag in self.asleep]:
             gc.collect()
             torch.cuda.empty_cache()
             self.engine.wake_up(needed)
@@ -105,21 +99,19 @@ class VLLMEngine:
     def sync(self, weights: Policy | Iterable[tuple[str, Tensor]]) -> None:
         """Stream the weights in tensor by tensor and drop the prefix cache (collective)."""
         self._wake("weights")
-        sent, loaded, inner = set(), set(), self.inner
+        left, loaded, inner = dict(self.shapes), set(), self.inner
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in named_weights(weights) if isinstance(weights, Policy) else weights:
-                if self.shapes.get(name) != tensor.shape:
+                if left.pop(name, None) != tensor.shape:
                     raise RuntimeError(f"the sampler has no parameter {name} of shape {tuple(tensor.shape)}")
-                sent.add(name)
                 yield name, tensor
 
         load = inner.load_weights
         inner.load_weights = lambda iterator: loaded.update(load(iterator))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         del inner.load_weights
-        missing = (self.shapes.keys() - sent) | (self.names - loaded)
-        if missing:
+        if missing := left.keys() | (self.names - loaded):
             raise RuntimeError(f"parameters of the sampler were not updated: {sorted(missing)[:4]}")
         for module in inner.modules():
             if hasattr(module, "cpu_linear") and module.weight.numel():  # a tied head: packed from the old embedding
@@ -129,24 +121,15 @@ class VLLMEngine:
 
     def decode(self, prompts, prefixes, n, max_tokens, temperature, seeds, top_p) -> list[list[Sampled]]:
         """As TransformersEngine.decode. Every rank of a shared engine calls it, or sleep."""
+        longest = max(map(len, prompts), default=0)
+        if longest + max_tokens > self.max_tokens:
+            raise ValueError(f"a prompt of {longest} tokens and {max_tokens} are over the engine's {self.max_tokens}")
+        shared = {"n": n if temperature else 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        shared |= {"stop_token_ids": self.stop_ids, "logprobs": 0, "detokenize": False}
         requests = []
         for prompt, prefix, seed in zip(prompts, prefixes, seeds, strict=True):
-            if len(prompt) + max_tokens > self.max_tokens:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens and {max_tokens} are over the engine's {self.max_tokens}"
-                )
-            params = vllm.SamplingParams(
-                n=n if temperature else 1,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
-                seed=seed,
-                max_tokens=max_tokens - len(prefix),
-                stop_token_ids=self.stop_ids,
-                logprobs=0,
-                detokenize=False,
-            )
-            requests.append(([*prompt, *prefix], params))
+            params = vllm.SamplingParams(seed=seed, max_tokens=max_tokens - len(prefix), **shared)
+            requests.append(({"prompt_token_ids": [*prompt, *prefix]}, params))
         return [made * (1 if temperature else n) for made in self._serve(requests)]  # greedy: n times the same
 
     def _serve(self, requests: list | None) -> list[list[Sampled]] | None:
@@ -158,11 +141,8 @@ class VLLMEngine:
             if all(part is None for part in parts):
                 return None
         self._wake("weights", "kv_cache")
-        prompts, params = [], []
-        for prompt, chosen in (request for part in parts for request in part or []):
-            prompts.append({"prompt_token_ids": prompt})
-            params.append(chosen)
-        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        asked = [request for part in parts for request in part or []]
+        outputs = self.engine.generate([prompt for prompt, _ in asked], [p for _, p in asked], use_tqdm=False)
         first = sum(len(part or []) for part in parts[: dist.get_rank(self.peers) if self.peers else 0])
         return [[sampled(row) for row in output.outputs] for output in outputs[first : first + len(requests or [])]]
 
