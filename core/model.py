@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
+from core.memory import announce
 from core.processes import World, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ def broken_weight(model: nn.Module) -> str:
 
 def load_policy(run: RunConfig, world: World) -> "Policy":
     """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
+    announce(run, load_config(run), world)
     policy = shard(load_model(run), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy

@@ -5,6 +5,7 @@ other ranks, and what is alive is counted. Dtypes, attention and chunks of logit
 Not in it: what CUDA itself and the allocator's fragments take, one to two GiB.
 
 python results/memory.py             measure the table of README.md anew: results/memory.jsonl
+python results/memory.py uft iw_sft  those methods alone
 """
 
 import importlib
@@ -266,6 +267,8 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
         (common, "load_data", lambda *args, **kwargs: (problems, [])),
         (common, "load_model", load_model),
         (core.model, "load_model", load_model),
+        (core.model, "announce", lambda *args: None),
+        (core.model, "load_config", lambda run: config),
         (core.model, "check_packing", lambda *args: None),
         (core.model, "init_device_mesh", lambda *args, **kwargs: mesh),
         (common, "load_sampler", lambda *args: engine),
@@ -387,8 +390,9 @@ def table() -> str:
 
 
 def record(method: str, model: str, gpus: int) -> dict:
-    """A line of the records: a method with its defaults, and with what was it measured."""
-    cfg = core.config.with_flags(importlib.import_module(method).Config(), {"model": model})
+    """A line of the records: a method with its defaults, and what it was measured with."""
+    flags = {"model": model, "checkpoint_activations": True}
+    cfg = core.config.with_flags(importlib.import_module(method).Config(), flags)
     found = measure(method, cfg, gpus)
     parts = {kind: round(size / GIB, 2) for kind, size in found.phases[found.phase].items() if size}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -398,12 +402,15 @@ def record(method: str, model: str, gpus: int) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with open(RECORDS.with_suffix(".new"), "w") as out:
-        for method in METHODS:
-            for gpus in GPUS:
-                out.write(json.dumps(record(method.name, method.model, gpus)) + "\n")
-                out.flush()
-    Path(out.name).replace(RECORDS)
+    asked = sys.argv[1:] or [method.name for method in METHODS]
+    old = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    for method in (method for method in METHODS if method.name in asked):
+        old = [line for line in old if line["method"] != method.name]
+        old += [record(method.name, method.model, gpus) for gpus in GPUS]
+        order = [method.name for method in METHODS]
+        old.sort(key=lambda line: (order.index(line["method"]), line["gpus"]))
+        RECORDS.write_text("".join(json.dumps(line) + "\n" for line in old))
+        print(method.name, flush=True)
 
 
 if __name__ == "__main__":
