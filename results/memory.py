@@ -16,7 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -227,6 +227,10 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
         models.append(model)
         return model
 
+    def shard(model: transformers.PreTrainedModel, world: common.World, *flags: object) -> common.Policy:
+        with ground("weights"):  # over all ranks, by the mesh below; nothing is handed out
+            return true_shard(model, replace(world, size=1), *flags)
+
     def resume(log, state: dict) -> tuple[int, dict]:
         for _, optimizer in (part for part in state.values() if isinstance(part, tuple)):
             with ground("Adam"):  # its moments, as a checkpoint brings them
@@ -242,7 +246,7 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
     def sync(weights) -> None:
         live.enter("sync")
         with ground("gathered"):
-            for _ in common.named_weights(weights) if isinstance(weights, common.Policy) else weights:
+            for _ in common.named_weights(weights, torch.bfloat16) if isinstance(weights, common.Policy) else weights:
                 pass
 
     def backward(loss: torch.Tensor) -> None:
@@ -256,7 +260,7 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
         if storage._cdata in live.size:
             live.see(storage, "gathered", move=True)
 
-    true_resize = torch.UntypedStorage.resize_
+    true_resize, true_shard = torch.UntypedStorage.resize_, core.model.shard
     engine = mock.Mock(generate=generate, sync=sync, sleep=lambda: None)
     world = common.World(0, gpus, torch.device("cuda" if fake else "cpu"))
     mesh, tokenizer = init_device_mesh("cpu", (gpus,)), common.load_tokenizer("tiny")
@@ -267,6 +271,8 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
         (common, "load_data", lambda *args, **kwargs: (problems, [])),
         (common, "load_model", load_model),
         (core.model, "load_model", load_model),
+        (common, "shard", shard),
+        (core.model, "shard", shard),
         (core.model, "announce", lambda *args: None),
         (core.model, "load_config", lambda run: config),
         (core.model, "check_packing", lambda *args: None),
@@ -312,7 +318,7 @@ class Found:
     model: str
     gpus: int
     phases: dict[str, dict[str, int]]
-    seconds: float
+    seconds: float  # of a CPU
     cacheless: bool  # the engine's cache is not in it
 
     @property
@@ -354,7 +360,7 @@ def sampler_bytes(cfg, config: transformers.PretrainedConfig, gpus: int) -> tupl
 
 def measure(method: str, cfg, gpus: int) -> Found:
     """What a step of a method needs with these flags, measured as this file's docstring says."""
-    start, config = time.perf_counter(), model_config(cfg.run)
+    start, config = time.process_time(), model_config(cfg.run)
     phases, (weights, cache) = run_step(method, cfg, config, gpus), sampler_bytes(cfg, config, gpus)
     found = {name: phases[name] for name in ("update", "sft", "sync") if name in phases}
     found |= {"rollouts" if hasattr(cfg, "group_size") else "evaluation": phases.get("rollouts", phases.get("rows"))}
@@ -362,13 +368,13 @@ def measure(method: str, cfg, gpus: int) -> Found:
         asleep = cfg.run.sampler != "hf" and name in ("update", "sft")
         kinds["sampler"] = 0 if asleep else weights + (0 if name in ("update", "sft", "sync") else cache)
     model = cfg.run.model.removesuffix("-Instruct")
-    return Found(method, model, gpus, found, time.perf_counter() - start, cfg.run.sampler != "hf")
+    return Found(method, model, gpus, found, time.process_time() - start, cfg.run.sampler != "hf")
 
 
 # The table ----------------------------------------------------------------------------------------
 def lines(found: Found) -> Iterator[str]:
     """A table of phases and kinds in GiB, and the peak."""
-    yield f"{found.method} with {found.model} on {found.gpus} GPU, GiB on each ({found.seconds:.0f} s without one):"
+    yield f"{found.method} with {found.model} on {found.gpus} GPU, GiB on each ({found.seconds:.0f} s of one CPU core):"
     yield f"{'':12}" + "".join(f"{kind:>12}" for kind in [*KINDS, "all"])
     for phase, kinds in found.phases.items():
         numbers = [*(kinds.get(kind, 0) / GIB for kind in KINDS), sum(kinds.values()) / GIB]
