@@ -71,7 +71,13 @@ def model_config(run: common.RunConfig) -> transformers.PretrainedConfig:
         return core.model.load_config(run)
     if name not in SHAPES:
         common.fail(f"--model {run.model}: no such folder, and the shapes known here are of {', '.join(SHAPES)}")
-    layers, hidden, intermediate, heads, key_heads, vocab, tied, head = SHAPES[name]
+    return model_of(name)
+
+
+def model_of(name: str, *sizes: int) -> transformers.PretrainedConfig:
+    """The config of a bundled model, or of its kind with other sizes in the order of SHAPES."""
+    known = SHAPES[name]
+    layers, hidden, intermediate, heads, key_heads, vocab, tied, head = (*sizes, *known[len(sizes) :])
     kinds = {"Qwen2.5": transformers.Qwen2Config, "Qwen3": transformers.Qwen3Config}
     return kinds.get(name.split("-")[0], transformers.LlamaConfig)(
         num_hidden_layers=layers,
@@ -83,6 +89,8 @@ def model_config(run: common.RunConfig) -> transformers.PretrainedConfig:
         tie_word_embeddings=tied,
         head_dim=head,
         max_position_embeddings=2**17,
+        eos_token_id=0,
+        bos_token_id=None,
     )
 
 
@@ -159,8 +167,7 @@ def chosen(tensor: torch.Tensor, index: object) -> torch.Tensor:
     return tensor.flatten() if masked else torch.Tensor.__getitem__(tensor, index)
 
 
-ANSWERS = {  # of a fake tensor: that it is on CUDA, and 1 to a program that asks for a number
-    "is_cuda": True,
+ANSWERS = {  # of a fake tensor to a program that asks for a number
     "item": lambda self: 1.0,
     "tolist": lambda self: [1.0] * self.numel(),
     "__float__": lambda self: 1.0,
@@ -205,7 +212,7 @@ def generate(problems, prefixes, n: int, max_tokens: int, *_: object) -> list[li
 
 
 @contextmanager
-def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpus: int, fake: bool) -> Iterator[None]:
+def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bool, cuda: bool) -> Iterator[None]:
     """What a method's main would load, read and write is made here; the rest of it is real."""
     mode, models = FakeTensorMode(allow_non_fake_inputs=True), []
 
@@ -262,7 +269,7 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
 
     true_resize, true_shard = torch.UntypedStorage.resize_, core.model.shard
     engine = mock.Mock(generate=generate, sync=sync, sleep=lambda: None)
-    world = common.World(0, gpus, torch.device("cuda" if fake else "cpu"))
+    world = common.World(0, gpus, torch.device("cuda" if cuda else "cpu"))
     mesh, tokenizer = init_device_mesh("cpu", (gpus,)), common.load_tokenizer("tiny")
     replaced = [
         (common, "init", lambda seed: world),
@@ -298,7 +305,7 @@ def in_place_of_a_device(config, problems: list[common.Problem], live: Live, gpu
     with ExitStack() as stack:
         for place, name, new in replaced:
             stack.enter_context(mock.patch.object(place, name, new))
-        for name, answer in ANSWERS.items() if fake else ():
+        for name, answer in (ANSWERS | {"is_cuda": cuda}).items():
             stack.enter_context(mock.patch.object(FakeTensor, name, answer, create=True))
         stack.enter_context(OnCpu())
         stack.enter_context(live)
@@ -332,13 +339,13 @@ class Found:
         return sum(self.phases[self.phase].values()) / GIB
 
 
-def run_step(method: str, cfg, config: transformers.PretrainedConfig, gpus: int, fake: bool = True) -> dict:
-    """A step of a method's main, fake as on CUDA or real on this CPU: phase -> kind -> bytes."""
+def run_step(method: str, cfg, config: transformers.PretrainedConfig, gpus: int, fake=True, cuda=True) -> dict:
+    """A step of a method's main, with fake or real tensors: phase -> kind -> bytes."""
     module, live = importlib.import_module(method), Live(FakeTensor if fake else torch.Tensor)
     cfg, problems = small_run(cfg, gpus)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        with in_place_of_a_device(config, problems, live, gpus, fake):
+        with in_place_of_a_device(config, problems, live, gpus, fake, cuda):
             module.main(cfg)
     finally:
         dist.destroy_process_group()
