@@ -3,9 +3,9 @@
 make gpu                             tests, the update alone, a step of four methods, with vLLM too
 python results/gpu.py --device cpu   the same at toy size, as the tests do it
 
-Every part has its own time limit; what fails or runs out of time is written down, and the rest still
-runs. Weights are random, with the shapes of Qwen2.5-1.5B. Where packages are missing and nothing can
-be fetched, carry them as wheels (a few MiB; torch and transformers must be there):
+Every part has its own time limit; what fails or runs out of time is written down, and the rest
+still runs. Weights are random, with the shapes of Qwen2.5-1.5B. Where packages are missing and
+nothing can be fetched, carry them as wheels (a few MiB; torch and transformers must be there):
 
     pip download --no-deps --only-binary=:all: -d wheels tyro typeguard docstring-parser datasets \
         math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2 pebble dill multiprocess \
@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,10 +37,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import byte_tokenizer  # noqa: E402
 
-from results.memory import SHAPES, model_of  # noqa: E402
+from results.memory import model_of  # noqa: E402
 
 DATA = ROOT / "tests/data/gsm8k_sample.jsonl"
-METHODS = {"grpo": 80, "bread": 110, "luffy": 80, "sft": 50}  # seconds at most
+METHODS = {"grpo": 60, "bread": 90, "luffy": 60, "sft": 45}  # seconds at most
 PACKAGES = "torch transformers vllm math-verify datasets".split()
 
 
@@ -50,18 +51,29 @@ class Config:
     out: str = "results/gpu.md"
 
 
-def run(command: list[str], seconds: float) -> tuple[str, str]:
-    """(what it printed, "" or what went wrong). At the limit it ends with all that it started."""
-    environment = {"OMP_NUM_THREADS": "4", "HF_HUB_OFFLINE": "1"} | os.environ
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, "cwd": ROOT}
-    with subprocess.Popen(command, start_new_session=True, **options) as process:
-        try:
-            printed, wrong = process.communicate(timeout=seconds)[0], ""
-        except subprocess.TimeoutExpired:
+def run(command: list[str], seconds: float, enough: Callable[[], bool] = lambda: False) -> tuple[str, str]:
+    """(what it printed, "" or what went wrong). At the limit, or when it is enough, it is ended
+    with all that it started.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+    start, wrong = time.perf_counter(), ""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+        )
+        while process.poll() is None and not enough():
+            if time.perf_counter() - start > seconds:
+                wrong = f"not done after {seconds:.0f} s"
+                break
+            time.sleep(0.1)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            printed, wrong = process.communicate()[0], f"not done after {seconds:.0f} s"
-    wrong = wrong or (f"exit code {process.returncode}" if process.returncode else "")
-    return printed, wrong and f"FAILED, {wrong}:\n\n```\n{printed.strip()[-1500:]}\n```"
+        elif process.returncode and not enough():
+            wrong = f"exit code {process.returncode}"
+        process.wait()
+        out.seek(0)
+        printed = out.read().strip()
+    return printed, wrong and f"FAILED, {wrong}:\n\n```\n{printed[-1500:]}\n```"
 
 
 def tests(seconds: float) -> str:
@@ -71,7 +83,7 @@ def tests(seconds: float) -> str:
 
 
 def update(cfg: Config, seconds: float) -> str:
-    """bench.py at the size of the steps: tokens a second, and the share of one large matrix product."""
+    """bench.py at the size of the steps."""
     large = "--layers 28 --hidden 1536 --vocab 151936 --rows 48 --longest 1024".split()
     sizes = large if cfg.device == "cuda" else "--layers 1 --vocab 300 --rows 4 --longest 32 --rounds 1".split()
     printed, wrong = run([sys.executable, "bench.py", "--way", "packed", *sizes], seconds)
@@ -91,10 +103,18 @@ def step(cfg: Config, folder: Path, method: str, seconds: float, sampler: str = 
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     out = folder / f"{method}-{sampler}"
     common = ["--model", str(folder / "model"), "--sampler", sampler, "--out", str(out)]
-    _, wrong = run([sys.executable, f"{method}.py", *common, "--data", str(DATA), "--test_data=", *flags], seconds)
+    command, lines = [sys.executable, f"{method}.py", *common, "--data", str(DATA), "--test_data=", *flags], []
+
+    def enough() -> bool:
+        """The step's line is there; what comes after it is a checkpoint of 18 GB."""
+        lines[:] = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+        return len(lines) >= sizes["steps"]
+
+    _, wrong = run(command, seconds, enough)
+    shutil.rmtree(out, ignore_errors=True)
     if wrong:
-        return f"| {method}, {sampler} | failed | | | | | |\n\n{wrong}"
-    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        return f"| {method}, {sampler} | failed | | | | | |\n\n{wrong}\n"
+    row = json.loads(lines[sizes["steps"] - 1])
     times = [f"{row.get(f'seconds_{phase}', 0):.1f}" for phase in ("rollouts", "update", "sync")]
     rate, ratio = row["tokens_per_second_update"], row.get("sampler_ratio", 1.0)
     return (
@@ -131,9 +151,7 @@ def main(cfg: Config) -> None:
 
     def part(seconds: float, make: Callable[..., str], *args: object, title: str = "") -> None:
         left = cfg.seconds - (time.perf_counter() - start)
-        said = (
-            make(*args, min(seconds, left)) if left > 5 else f"{make.__name__} {args[-1]}: left out, no time was left"
-        )
+        said = make(*args, min(seconds, left)) if left > 5 else f"{make.__name__}: left out, the time is up"
         with page.open("a") as out:  # at once, so that it is there whatever comes
             out.write(f"{title}{said}\n")
         print(f"{title}{said}", flush=True)
@@ -143,8 +161,8 @@ def main(cfg: Config) -> None:
         config = model_of("Qwen2.5-1.5B") if cfg.device == "cuda" else model_of("Qwen2.5-1.5B", 2, 128, 256, 2, 1, 1000)
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")
-        part(120, tests, title="\n## Tests with the mark gpu\n\n")
-        part(60, update, cfg, title="\n## The update alone\n\n")
+        part(150, tests, title="\n## Tests with the mark gpu\n\n")
+        part(45, update, cfg, title="\n## The update alone\n\n")
         columns = "| method, sampler | rollouts s | update s | sync s | trained tokens/s | peak GiB | sampler ratio |"
         title = f"\n## One step\n\n{columns}\n|---|---|---|---|---|---|---|\n"
         for method, seconds in METHODS.items():
@@ -154,7 +172,7 @@ def main(cfg: Config) -> None:
             part(150, lambda limit: step(cfg, folder, "grpo", limit, "vllm"))
         title = "\n## Memory that bench.py --what memory predicted\n\n"
         for method in METHODS:
-            part(30 if cfg.device == "cuda" else 100, predicted, cfg, folder, method, title=title)
+            part(25 if cfg.device == "cuda" else 100, predicted, cfg, folder, method, title=title)
             title = ""
     print(f"{page}: {time.perf_counter() - start:.0f} s")
 

@@ -37,6 +37,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/model.py": "test_trust:nan test_damage:safetensors test_packing test_architectures test_losses test_sampler "
     "test_gradients test_methods:grpo test_ready",
     "core/engines.py": "test_ready:engine",
+    "core/memory.py": "test_bench:start-or-adapter",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
     "core/config.py": "test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
