@@ -27,10 +27,11 @@ def step_bytes(model: nn.Module, gpus: int, tokens: int, checkpointed: bool, ran
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     attention = 4 * head * (config.num_attention_heads + config.num_key_value_heads)  # q, k, v and the output
     saved = 16 * hidden + attention + 8 * inner  # of a token in a layer: norms in fp32, four tensors of the MLP
-    kept = 2 * hidden * len(layers) + saved if checkpointed else saved * len(layers)
-    backward = max(tokens * (6 * inner + 10 * hidden), 2**29)  # of one layer; or logits of the head
+    kept = tokens * len(layers) * (2 * hidden if checkpointed else saved)
+    a_layer = tokens * (6 * inner + 10 * hidden + (saved if checkpointed else 0))  # in its backward
+    the_head = 14 * 2**26 + 4 * config.vocab_size * hidden  # 2^26 logits and their gradient; the weight's twice
     gathered = 2 * (whole - layer * (len(layers) - 2)) + 4 * layer  # the root and two layers; a layer's gradients
-    return states, states + tokens * kept + backward + gathered
+    return states, states + kept + max(a_layer, the_head) + gathered
 
 
 def announce(run: RunConfig, config: transformers.PretrainedConfig, world: World) -> None:

@@ -248,6 +248,10 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     # the check at load, and what architectures ask for
     ("core/model.py", "    check_packing(policy, run.model, world.device)\n", ""),
+    ("core/memory.py", "    if states > has:\n", "    if needs > has:\n"),
+    ("core/memory.py", "if needs <= has:", "if states <= has:"),
+    ("core/memory.py", "saved = 16 * hidden + attention + 8 * inner", "saved = 34 * hidden"),
+    ("core/memory.py", "states = (16 * adapter + 2 * whole if rank", "states = (16 * adapter + 4 * whole if rank"),
     ("core/processes.py", "        ctypes.CDLL(None).mallopt(-3, 2**23)", "        ctypes.CDLL(None)"),
     ("core/model.py", "full.tril(-window)", "full.tril(-window - 1)"),
     ("core/model.py", '("drop" in k or "jitter" in k)', '("jitter" in k)'),
