@@ -1,7 +1,4 @@
-"""What an update will need of a GPU, by arithmetic from the shapes, before anything is loaded.
-
-python bench.py --what memory measures it; a test holds the two together.
-"""
+"""What an update will need of a GPU, by arithmetic; bench.py --what memory measures it."""
 
 import torch
 import transformers
@@ -49,12 +46,14 @@ def announce(run: RunConfig, config: transformers.PretrainedConfig, world: World
     said += f" ({states / GIB:.0f} for weights, gradients and Adam), and {has / GIB:.0f} are there"
     if needs <= has:
         return print0(f"memory: {said}")
-    ways = {f"--tokens_per_microbatch {n}": (world.size, n, True, rank) for n in (2**14, 2**13, 2**12, 2**11)}
-    ways |= {"--lora_rank 32": (world.size, asked[1], True, 32)} if hasattr(run, "lora_rank") else {}
+    ways = {"--checkpoint_activations": (*asked[:2], True, rank)}
+    ways |= {f"--tokens_per_microbatch {n}": (asked[0], n, True, rank) for n in (2**13, 2**12, 2**11)}
+    ways |= {"--lora_rank 32": (*asked[:2], True, 32)} if hasattr(run, "lora_rank") else {}
     ways |= {f"{n} GPU": (n, asked[1], True, rank) for n in range(world.size + 1, 257)}
     fit = [way for way, sizes in ways.items() if step_bytes(model, *sizes)[1] <= has]
-    kinds = {way.split()[0 if way[0] == "-" else 1]: way for way in reversed(fit)}  # the first of each kind
-    said += f"; with --checkpoint_activations it fits with {' or '.join(reversed(kinds.values())) or 'no flag'}"
+    fit = fit[:1] if "--checkpoint_activations" in fit else fit  # it changes nothing but time
+    kinds = {way.strip("0123456789"): way for way in reversed(fit)}  # the first of each kind
+    said += f"; it fits with {' or '.join(reversed(kinds.values())) or 'no flag'}"
     if states > has:
         fail(said)
     print0(f"WARNING, this will run out of memory: {said}")

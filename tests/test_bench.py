@@ -118,14 +118,18 @@ def test_start_says_what_an_update_needs(monkeypatch, capsys):
     fits = said_at_start(monkeypatch, capsys, "Qwen2.5-7B", 8, 80)
     assert fits.startswith("memory: an update of Qwen2.5-7B on 8 GPU needs about 27 GiB of each (14 for")
     warned = said_at_start(monkeypatch, capsys, "Qwen2.5-7B", 8, 80, checkpoint_activations=False)
-    assert warned.startswith("WARNING") and "about 116 GiB" in warned and "with --checkpoint_activations" in warned
-    fewer = said_at_start(monkeypatch, capsys, "Qwen2.5-1.5B", 1, 27.5)
-    assert fewer.startswith("WARNING") and "--tokens_per_microbatch 4096 or 2 GPU" in fewer
+    assert (
+        warned.startswith("WARNING")
+        and "about 117 GiB" in warned
+        and warned.endswith("; it fits with --checkpoint_activations\n")
+    )
+    fewer = said_at_start(monkeypatch, capsys, "Qwen2.5-1.5B", 1, 28.5)
+    assert fewer.startswith("WARNING") and fewer.endswith("; it fits with --tokens_per_microbatch 8192 or 2 GPU\n")
 
 
 def test_start_refuses_what_cannot_fit(monkeypatch, capsys):
     """Only where weights, gradients and Adam alone are more than the device."""
-    with pytest.raises(SystemExit, match="113 for weights, gradients and Adam.*, and 78 are there.*with .*2 GPU"):
+    with pytest.raises(SystemExit, match="113 for weights, gradients and Adam.*, and 78 are there; it fits with 2 GPU"):
         said_at_start(monkeypatch, capsys, "Qwen2.5-7B", 1, 80)
 
 
