@@ -2,11 +2,18 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import peft
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from peft.helpers import rescale_adapter_scale
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -16,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
-from core.processes import World, fail, first_line, print0
+from core.processes import World, all_sum, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 transformers.logging.set_verbosity_error()
@@ -89,11 +96,29 @@ def broken_weight(model: nn.Module) -> str:
     return next((name for name, p in local if not p.isfinite().all()), "")
 
 
+def frozen_bits(model: nn.Module, world: World) -> int:
+    """The sum of all frozen weights' bits, the same on any number of ranks; 0: all are trained
+    (collective).
+    """
+    frozen = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if not p.requires_grad)
+    bits = (local.float().view(torch.int32).sum(dtype=torch.int64) for local in frozen)
+    return int(all_sum(sum(bits, torch.zeros((), dtype=torch.int64, device=world.device)), world))
+
+
 def load_policy(run: RunConfig, world: World) -> "Policy":
     """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
-    policy = shard(load_model(run), world, run.checkpoint_activations)
+    policy = shard(add_lora(load_model(run), run, world), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy
+
+
+def load_reference(run: RunConfig, policy: "Policy", world: World) -> Callable:
+    """The model of a run as it is at first, frozen: the policy without its adapter where nothing
+    else of it is trained, else a copy; to be called as a policy (collective).
+    """
+    if lora_weights(policy) and policy.model.name_or_path == resolve_model(run.model):
+        return partial(without_lora, policy)
+    return load_policy(replace(run, lora_rank=0), world).requires_grad_(False)
 
 
 LIMITS = {"cpu": 1e-3, "cuda": 0.25}  # nats a token in fp32 and bf16, ten and three times what rounding makes
@@ -243,13 +268,62 @@ class Policy(nn.Module):
         return logprobs, entropy
 
 
+# LoRA ---------------------------------------------------------------------------------------------
+def add_lora(model: transformers.PreTrainedModel, run: RunConfig, world: World) -> transformers.PreTrainedModel:
+    """W + (32 / rank) B A in every linear layer but the head, B = 0 at first. Hu et al. 2021
+    (2106.09685), by peft; the 32 of Schulman et al. 2025, with which no rank needs its own lr.
+
+    What is not LoRA's is frozen, on CUDA in bf16. At rank 0 the model is as it was.
+    """
+    if not run.lora_rank:
+        return model
+    config = peft.LoraConfig("CAUSAL_LM", r=run.lora_rank, lora_alpha=32, target_modules="all-linear")
+    config.base_model_name_or_path = resolve_model(run.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)  # of A: the same on every rank and in every copy
+        try:
+            peft.inject_adapter_in_model(config, model)
+        except ValueError as error:
+            fail(f"--lora_rank {run.lora_rank}: peft cannot put it on {run.model} ({first_line(error)})")
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    matrices = (name for name, p in frozen.items() if ".layers." in name and p.dim() > 1)
+    if left := next((name for name in matrices if ".base_layer." not in name), ""):
+        fail(f"--lora_rank: {left} of {run.model} is in no linear layer, so that LoRA would leave it out")
+    for parameter in frozen.values():
+        parameter.data = parameter.data.to(torch.bfloat16 if world.device.type == "cuda" else parameter.dtype)
+    count, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad >= lora) for lora in (1, 0))
+    print0(f"LoRA of rank {run.lora_rank} trains {count:,} of {whole:,} parameters, {count / whole:.2%}")
+    return model
+
+
+def lora_weights(policy: "Policy") -> dict[str, Tensor]:
+    """What is trained where that is LoRA alone, under peft's names, else nothing."""
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    return trained if all(".lora_" in name for name in trained) else {}
+
+
+def without_lora(policy: "Policy", *rows: object) -> tuple[Tensor, Tensor]:
+    """What the policy gives with its adapter off: what it gave before the first update."""
+    with rescale_adapter_scale(policy.model, 0.0):
+        return policy(*rows)
+
+
+def export_adapter(policy: "Policy", folder: Path) -> None:
+    """LoRA's part for PeftModel.from_pretrained, if nothing else was trained (collective)."""
+    named = ((name.replace(".default", ""), full_tensor(p).cpu()) for name, p in lora_weights(policy).items())
+    weights = {f"base_model.model.{name}": weight for name, weight in named}
+    if weights and dist.get_rank() == 0:
+        policy.model.peft_config["default"].save_pretrained(folder)
+        save_file(weights, folder / peft.utils.SAFETENSORS_WEIGHTS_NAME)
+
+
 # Sharding -----------------------------------------------------------------------------------------
 def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activations: bool = False) -> Policy:
     """Wrap a model and shard it with FSDP2, each decoder layer and the root. Gradients are summed
     over ranks.
 
     Parameters, gradients and Adam moments keep the model's dtype (fp32 masters); on CUDA the
-    compute is bf16.
+    compute is bf16. FSDP asks one dtype of what is trained, and none of what is frozen.
     """
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -269,9 +343,19 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a policy under their Hugging Face names, one at a time (collective)."""
+    """The whole weights of a policy under their Hugging Face names, LoRA added, one at a time
+    (collective).
+    """
+    modules = dict(policy.model.named_modules())
     for name, parameter in policy.model.named_parameters():
-        yield name, full_tensor(parameter)
+        place, _, kind = name.rpartition(".")
+        if ".lora_" not in name:
+            weight = full_tensor(parameter)
+            if place.endswith(".base_layer") and kind == "weight":
+                layer = modules[place.removesuffix(".base_layer")]
+                a, b = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+                weight = torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling["default"])
+            yield name.replace(".base_layer", ""), weight
 
 
 @torch.no_grad()

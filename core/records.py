@@ -25,8 +25,8 @@ import torch.distributed.checkpoint.state_dict as sharded
 import transformers
 from torch import Tensor, nn
 
-from core.config import flat, read_json, read_settings, resolve_model
-from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
+from core.config import RunConfig, flat, read_json, read_settings, resolve_model
+from core.model import Policy, Tokenizer, broken_weight, export_adapter, frozen_bits, load_config, named_weights
 from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
 
@@ -269,9 +269,15 @@ def describe_run(cfg: object) -> dict:
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-def collect(state: State) -> dict[str, nn.Module | dict]:
-    """What DCP takes: models as they are, the rest under names that no number of ranks changes."""
-    return {name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else e for name, e in state.items()}
+def collect(state: State, run: RunConfig) -> dict[str, nn.Module | dict]:
+    """What DCP takes: models as they are, or their adapters where the rest stays that of --model;
+    optimizers under names that no number of ranks changes.
+    """
+    found = {name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else e for name, e in state.items()}
+    for name, model in state.items():
+        if run.lora_rank and isinstance(model, nn.Module):
+            found[name] = {key: tensor for key, tensor in model.state_dict().items() if "lora_" in key}
+    return found
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -325,14 +331,15 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     mine = "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module))
     if broken := max(gather([mine], log.world)):
         fail(f"step {step}: the weight {broken} is not finite; no checkpoint was written, the last ones are whole")
+    frozen = frozen_bits(state["model"], log.world)
     if log.world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
+        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash, "frozen": frozen}
         (aside / "state.json").write_text(json.dumps({"step": step, **extra}))
     dist.barrier()
     stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
-    dcp.save(collect(stepped), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
+    dcp.save(collect(stepped, log.cfg.run), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
     found = fingerprints(aside, log.world)
     once(lambda: (aside / "manifest.json").write_text(json.dumps(found)))
     if wrong := once(lambda: damage(aside, found)):
@@ -355,7 +362,7 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP's lr, betas ... are pickles too, which could run code
         saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found).read_metadata().state_dict_metadata}
         stepped = {name: entry for name, entry in state.items() if name in saved}
-        loaded = collect(stepped)
+        loaded = collect(stepped, log.cfg.run)
         dcp.load(loaded, checkpoint_id=found)  # and gives the models theirs
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
@@ -363,6 +370,8 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         extra = json.loads((found / "state.json").read_text())
         if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
             fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")
+        if extra.get("frozen", 0) != frozen_bits(state["model"], log.world):
+            fail(f"{found} is an adapter of other weights than --model {log.cfg.run.model} now has")
     if extra["step"] > log.cfg.steps:
         fail(f"--resume {log.out}: --steps {log.cfg.steps}, but its last checkpoint is of step {extra['step']}")
     for entry in (entry for entry in state.values() if isinstance(entry, tuple)):
@@ -395,7 +404,9 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
 
 
 def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) -> None:
-    """The model as a Hugging Face folder at final/, in its source's dtype (collective)."""
+    """The model as a Hugging Face folder at final/, in its source's dtype, and where LoRA alone was
+    trained the adapter at final/adapter/, for peft (collective).
+    """
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
     weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
@@ -418,5 +429,6 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")  # asks as this run did
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # they are written 0600
+    export_adapter(policy, final / "adapter")
     dist.barrier()
     print0(f"the trained model is in {log.out / 'final'}")
