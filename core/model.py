@@ -107,7 +107,7 @@ def frozen_bits(model: nn.Module, world: World) -> int:
 
 def load_policy(run: RunConfig, world: World) -> "Policy":
     """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
-    policy = shard(add_lora(load_model(run), run, world), world, run.checkpoint_activations)
+    policy = shard(add_lora(load_model(run), run), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy
 
@@ -269,11 +269,11 @@ class Policy(nn.Module):
 
 
 # LoRA ---------------------------------------------------------------------------------------------
-def add_lora(model: transformers.PreTrainedModel, run: RunConfig, world: World) -> transformers.PreTrainedModel:
+def add_lora(model: transformers.PreTrainedModel, run: RunConfig) -> transformers.PreTrainedModel:
     """W + (32 / rank) B A in every linear layer but the head, B = 0 at first. Hu et al. 2021
     (2106.09685), by peft; the 32 of Schulman et al. 2025, with which no rank needs its own lr.
 
-    What is not LoRA's is frozen, on CUDA in bf16. At rank 0 the model is as it was.
+    What is not LoRA's is frozen. At rank 0 the model is as it was.
     """
     if not run.lora_rank:
         return model
@@ -285,12 +285,10 @@ def add_lora(model: transformers.PreTrainedModel, run: RunConfig, world: World) 
             peft.inject_adapter_in_model(config, model)
         except ValueError as error:
             fail(f"--lora_rank {run.lora_rank}: peft cannot put it on {run.model} ({first_line(error)})")
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    matrices = (name for name, p in frozen.items() if ".layers." in name and p.dim() > 1)
-    if left := next((name for name in matrices if ".base_layer." not in name), ""):
+    matrices = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
+    if left := [n for n in matrices if ".lora_" not in n and not n.endswith(".base_layer.weight")]:
+        left = left[0].replace(".base_layer", "")
         fail(f"--lora_rank: {left} of {run.model} is in no linear layer, so that LoRA would leave it out")
-    for parameter in frozen.values():
-        parameter.data = parameter.data.to(torch.bfloat16 if world.device.type == "cuda" else parameter.dtype)
     count, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad >= lora) for lora in (1, 0))
     print0(f"LoRA of rank {run.lora_rank} trains {count:,} of {whole:,} parameters, {count / whole:.2%}")
     return model
@@ -323,13 +321,15 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
     over ranks.
 
     Parameters, gradients and Adam moments keep the model's dtype (fp32 masters); on CUDA the
-    compute is bf16. FSDP asks one dtype of what is trained, and none of what is frozen.
+    compute is bf16, and so is what is frozen: FSDP asks one dtype of what is trained alone.
     """
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()
     mesh = init_device_mesh(world.device.type, (world.size,))
     dtypes = (torch.bfloat16, torch.float32) if world.device.type == "cuda" else ()  # of the forward, of reductions
+    for parameter in (p for p in model.parameters() if dtypes and not p.requires_grad):
+        parameter.data = parameter.data.to(torch.bfloat16)
     for module in [*model.get_decoder().layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*dtypes))
         module.set_gradient_divide_factor(1.0)  # losses are divided by counts over ranks: gradients add up

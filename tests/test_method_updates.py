@@ -40,7 +40,7 @@ TWICE = {
     "sizes": (1, 1, 1, 1),  # of trapo.py
     "lr": 0.01,
     "sft_lr": 0.01,
-    "lora_lr": 0.01,
+    "adapter_lr": 0.01,
     "tis_cap": 2.0,
     "clip_low": 0.2,
     "clip_high": 0.2,
