@@ -195,7 +195,7 @@ def main(cfg: Config) -> None:
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     lora = (cfg.adapter_rank, cfg.adapter_alpha, cfg.run.seed)
     copies = 2 if cfg.meta and cfg.adapter_rank else 1  # the shadow serves the adapter alone
-    models = [add_adapter(common.add_lora(common.load_model(cfg.run), cfg.run), *lora) for _ in range(copies)]
+    models = [add_adapter(common.load_model(cfg.run), *lora) for _ in range(copies)]
     policy, *shadows = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
     shadow = shadows[0] if shadows else None
     reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None

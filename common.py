@@ -28,7 +28,6 @@ from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
-    add_lora,
     checked_sync,
     clip_gradients,
     follow,
@@ -418,4 +417,4 @@ __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all
 __all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish", "math_reward", "countdown_reward", "knights_reward", "words_reward", "load_reference", "add_lora"]
+__all__ += ["finish", "math_reward", "countdown_reward", "knights_reward", "words_reward", "load_reference"]

@@ -1,19 +1,18 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import peft
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -73,7 +72,9 @@ def window(run: RunConfig) -> float:
 
 
 def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:
-    """A Hugging Face causal LM on the CPU; sdpa: or eager, where it has no other that is right."""
+    """A Hugging Face causal LM on the CPU. packed: to be trained, with LoRA if --lora_rank says so;
+    sdpa: or eager, where it has no other that is right.
+    """
     folder, config = resolve_model(run.model), load_config(run)
     if attention == "sdpa":  # which would leave out a soft cap without a word
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
@@ -87,7 +88,7 @@ def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -
         fail(f"--model {run.model}: {config.model_type} lets nobody replace its attention, so rows cannot be packed")
     if broken := broken_weight(model):
         fail(f"--model {run.model}: the weight {broken} in {folder} holds a number that is not finite")
-    return model
+    return add_lora(model, run) if attention == "packed" and run.lora_rank else model
 
 
 def broken_weight(model: nn.Module) -> str:
@@ -97,9 +98,7 @@ def broken_weight(model: nn.Module) -> str:
 
 
 def frozen_bits(model: nn.Module, world: World) -> int:
-    """The sum of all frozen weights' bits, the same on any number of ranks; 0: all are trained
-    (collective).
-    """
+    """The sum of the bits of all frozen weights, alike on any number of ranks (collective)."""
     frozen = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if not p.requires_grad)
     bits = (local.float().view(torch.int32).sum(dtype=torch.int64) for local in frozen)
     return int(all_sum(sum(bits, torch.zeros((), dtype=torch.int64, device=world.device)), world))
@@ -107,7 +106,7 @@ def frozen_bits(model: nn.Module, world: World) -> int:
 
 def load_policy(run: RunConfig, world: World) -> "Policy":
     """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
-    policy = shard(add_lora(load_model(run), run), world, run.checkpoint_activations)
+    policy = shard(load_model(run), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy
 
@@ -272,47 +271,32 @@ class Policy(nn.Module):
 def add_lora(model: transformers.PreTrainedModel, run: RunConfig) -> transformers.PreTrainedModel:
     """W + (32 / rank) B A in every linear layer but the head, B = 0 at first. Hu et al. 2021
     (2106.09685), by peft; the 32 of Schulman et al. 2025, with which no rank needs its own lr.
-
-    What is not LoRA's is frozen. At rank 0 the model is as it was.
+    What is not LoRA's is frozen.
     """
-    if not run.lora_rank:
-        return model
     config = peft.LoraConfig("CAUSAL_LM", r=run.lora_rank, lora_alpha=32, target_modules="all-linear")
     config.base_model_name_or_path = resolve_model(run.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)  # of A: the same on every rank and in every copy
-        try:
-            peft.inject_adapter_in_model(config, model)
-        except ValueError as error:
-            fail(f"--lora_rank {run.lora_rank}: peft cannot put it on {run.model} ({first_line(error)})")
-    matrices = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
-    if left := [n for n in matrices if ".lora_" not in n and not n.endswith(".base_layer.weight")]:
-        left = left[0].replace(".base_layer", "")
-        fail(f"--lora_rank: {left} of {run.model} is in no linear layer, so that LoRA would leave it out")
-    count, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad >= lora) for lora in (1, 0))
-    print0(f"LoRA of rank {run.lora_rank} trains {count:,} of {whole:,} parameters, {count / whole:.2%}")
+    torch.manual_seed(run.seed)  # of A: the same on every rank and in every copy
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        fail(f"--lora_rank {run.lora_rank}: peft cannot put it on {run.model} ({first_line(error)})")
+    matrices = (name for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1)
+    if left := [n.replace(".base_layer", "") for n in matrices if not re.search(r"\.lora_|\.base_layer\.weight$", n)]:
+        fail(f"--lora_rank: {left[0]} of {run.model} is in no linear layer, so that LoRA would leave it out")
     return model
 
 
 def lora_weights(policy: "Policy") -> dict[str, Tensor]:
-    """What is trained where that is LoRA alone, under peft's names, else nothing."""
-    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    return trained if all(".lora_" in name for name in trained) else {}
+    """What is trained, under the names of peft's files, where that is LoRA alone; else nothing."""
+    trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+    named = {f"base_model.model.{name.replace('.default', '')}": p for name, p in trained.items()}
+    return named if all(".lora_" in name for name in trained) else {}
 
 
 def without_lora(policy: "Policy", *rows: object) -> tuple[Tensor, Tensor]:
     """What the policy gives with its adapter off: what it gave before the first update."""
     with rescale_adapter_scale(policy.model, 0.0):
         return policy(*rows)
-
-
-def export_adapter(policy: "Policy", folder: Path) -> None:
-    """LoRA's part for PeftModel.from_pretrained, if nothing else was trained (collective)."""
-    named = ((name.replace(".default", ""), full_tensor(p).cpu()) for name, p in lora_weights(policy).items())
-    weights = {f"base_model.model.{name}": weight for name, weight in named}
-    if weights and dist.get_rank() == 0:
-        policy.model.peft_config["default"].save_pretrained(folder)
-        save_file(weights, folder / peft.utils.SAFETENSORS_WEIGHTS_NAME)
 
 
 # Sharding -----------------------------------------------------------------------------------------
@@ -343,18 +327,14 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a policy under their Hugging Face names, LoRA added, one at a time
-    (collective).
-    """
-    modules = dict(policy.model.named_modules())
+    """The whole weights of a policy, LoRA added, by Hugging Face name, one by one (collective)."""
+    layers = {f"{n}.base_layer.weight": m for n, m in policy.model.named_modules() if isinstance(m, LoraLayer)}
     for name, parameter in policy.model.named_parameters():
-        place, _, kind = name.rpartition(".")
+        weight = full_tensor(parameter)
+        if layer := layers.get(name):
+            a, b = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+            weight = torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling["default"])
         if ".lora_" not in name:
-            weight = full_tensor(parameter)
-            if place.endswith(".base_layer") and kind == "weight":
-                layer = modules[place.removesuffix(".base_layer")]
-                a, b = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
-                weight = torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling["default"])
             yield name.replace(".base_layer", ""), weight
 
 

@@ -23,10 +23,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as sharded
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.config import RunConfig, flat, read_json, read_settings, resolve_model
-from core.model import Policy, Tokenizer, broken_weight, export_adapter, frozen_bits, load_config, named_weights
+from core.model import Policy, Tokenizer, broken_weight, frozen_bits, load_config, lora_weights, named_weights
 from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
 
@@ -269,15 +270,15 @@ def describe_run(cfg: object) -> dict:
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-def collect(state: State, run: RunConfig) -> dict[str, nn.Module | dict]:
-    """What DCP takes: models as they are, or their adapters where the rest stays that of --model;
+def collect(state: State, run: RunConfig) -> dict[str, dict]:
+    """What DCP takes: weights, those of --model left out where adapters are trained on them, and
     optimizers under names that no number of ranks changes.
     """
-    found = {name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else e for name, e in state.items()}
-    for name, model in state.items():
-        if run.lora_rank and isinstance(model, nn.Module):
-            found[name] = {key: tensor for key, tensor in model.state_dict().items() if "lora_" in key}
-    return found
+
+    def kept(model: nn.Module) -> dict:
+        return {key: weight for key, weight in model.state_dict().items() if "lora_" in key or not run.lora_rank}
+
+    return {n: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else kept(e) for n, e in state.items()}
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -331,11 +332,11 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     mine = "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module))
     if broken := max(gather([mine], log.world)):
         fail(f"step {step}: the weight {broken} is not finite; no checkpoint was written, the last ones are whole")
-    frozen = frozen_bits(state["model"], log.world)
+    extra |= {"frozen": frozen_bits(state["model"], log.world)}
     if log.world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash, "frozen": frozen}
+        extra |= {"skipped": log.skipped, "data": log.cfg.run.data_hash}
         (aside / "state.json").write_text(json.dumps({"step": step, **extra}))
     dist.barrier()
     stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
@@ -404,15 +405,17 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
 
 
 def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) -> None:
-    """The model as a Hugging Face folder at final/, in its source's dtype, and where LoRA alone was
-    trained the adapter at final/adapter/, for peft (collective).
-    """
+    """Hugging Face folder final/, in its source's dtype; LoRA also in adapter/ (collective)."""
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
     weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), ""):
         fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
+    adapter = {name: weight.full_tensor().cpu() for name, weight in lora_weights(policy).items()}
     if log.world.rank == 0:
+        if adapter:
+            model.peft_config["default"].save_pretrained(final / "adapter")
+            save_file(adapter, final / "adapter/adapter_model.safetensors")
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -429,6 +432,5 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         (final / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")  # asks as this run did
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # they are written 0600
-    export_adapter(policy, final / "adapter")
     dist.barrier()
     print0(f"the trained model is in {log.out / 'final'}")

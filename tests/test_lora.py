@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
+import bridge
 import common
 import core.model
 from core.records import complete_checkpoints
@@ -128,11 +129,9 @@ def test_on_cuda_the_base_is_bf16_and_the_adapter_fp32(checkpoint_activations, m
     monkeypatch.setattr(core.model, "MixedPrecisionPolicy", lambda *dtypes: mixed())
     monkeypatch.setattr(core.model, "init_device_mesh", lambda *args: init_device_mesh("cpu", (1,)))
     cuda = common.World(0, 1, torch.device("cuda"))
-    rounded = fill(common.shard(common.add_lora(common.load_model(run), run), cuda, checkpoint_activations))
+    rounded = fill(common.shard(common.load_model(run), cuda, checkpoint_activations))
     for name, p in rounded.named_parameters():
-        assert p.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16) and p.requires_grad == (
-            ".lora_" in name
-        )
+        assert (p.dtype, p.requires_grad) == ((torch.float32, True) if ".lora_" in name else (torch.bfloat16, False))
     for policy in (exact, rounded):
         logprobs(policy, world).sum().backward()
     norms = []
@@ -144,6 +143,20 @@ def test_on_cuda_the_base_is_bf16_and_the_adapter_fp32(checkpoint_activations, m
     assert far < 0.3 * whole
     merged = dict(common.named_weights(rounded))
     assert {w.dtype for name, w in merged.items() if "proj" in name} == {torch.float32}
+
+
+def test_bridge_has_its_own_adapter_on_top(model_folder, world):
+    """w is trained beside LoRA, which is then theta; both are merged into what is sampled."""
+    run = common.RunConfig(model=model_folder("llama"), lora_rank=RANK)
+    policy = fill(common.shard(bridge.add_adapter(common.load_model(run), 2, 8.0, 0), world))
+    alone = logprobs(policy, world)
+    theta, w = bridge.split_parameters(policy)
+    assert len(theta) == len(w) == 2 * 7 * 2 and sum(p.requires_grad for p in policy.parameters()) == 2 * len(w)
+    for p in w[1::2]:
+        p.data.copy_(distribute_tensor(0.3 * torch.randn(p.shape), p.device_mesh, p.placements))
+    mine, merged = logprobs(policy, world), plain("llama", dict(bridge.merged_weights(policy)))
+    assert (mine - logprobs(merged, world)).abs().max() < 1e-4 < (mine - alone).abs().mean()
+    assert isinstance(common.load_reference(run, policy, world), common.Policy)  # w is in policy, not in the reference
 
 
 # The reference ------------------------------------------------------------------------------------
