@@ -271,14 +271,10 @@ def describe_run(cfg: object) -> dict:
 
 # Checkpoints --------------------------------------------------------------------------------------
 def collect(state: State, run: RunConfig) -> dict[str, dict]:
-    """What DCP takes: weights, those of --model left out where adapters are trained on them, and
-    optimizers under names that no number of ranks changes.
-    """
-
-    def kept(model: nn.Module) -> dict:
-        return {key: weight for key, weight in model.state_dict().items() if "lora_" in key or not run.lora_rank}
-
-    return {n: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else kept(e) for n, e in state.items()}
+    """What DCP takes, by names that no number of ranks changes; with LoRA no weight of --model."""
+    models = {name: e.state_dict() for name, e in state.items() if not isinstance(e, tuple)}
+    own = {n: {k: w for k, w in found.items() if "lora_" in k or not run.lora_rank} for n, found in models.items()}
+    return own | {n: sharded.get_optimizer_state_dict(*e) for n, e in state.items() if isinstance(e, tuple)}
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -408,8 +404,11 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
     """Hugging Face folder final/, in its source's dtype; LoRA also in adapter/ (collective)."""
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
-    weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
-    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), ""):
+    whole, broken = {}, ""  # on rank 0 alone
+    for name, tensor in ((name, tensor.to(dtype)) for name, tensor in weights):
+        broken = broken or ("" if tensor.isfinite().all() else name)
+        whole |= {name: tensor.to("cpu", copy=True)} if log.world.rank == 0 else {}
+    if broken:
         fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
     adapter = {name: weight.full_tensor().cpu() for name, weight in lora_weights(policy).items()}
     if log.world.rank == 0:
@@ -419,7 +418,7 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-        model.save_pretrained(final, state_dict=weights)
+        model.save_pretrained(final, state_dict=whole)
         model.config.dtype = dtype  # it took that of the masters
         model.config.save_pretrained(final)
         generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published

@@ -222,7 +222,7 @@ def real(folder: Path, world: common.World) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_sampler", lambda *args: sampler)
         train("grpo", *flags, "--out", folder / "grpo")
-    return {"greedy": greedy, "stop_ids": sampler.stop_ids, "metrics": read_metrics(folder / "grpo")[:1]}
+    return {"greedy": greedy, "stop_ids": sampler.engine.stop_ids, "metrics": read_metrics(folder / "grpo")[:1]}
 
 
 def main() -> None:
