@@ -32,14 +32,14 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
-    "core/records.py": "test_log test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
+    "core/records.py": "test_log test_lora:resume-or-sft test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
     "test_damage test_trust test_resume test_gradients test_sampler",
-    "core/model.py": "test_trust:nan test_damage:safetensors test_packing test_architectures test_losses test_sampler "
+    "core/model.py": "test_trust:nan test_lora test_damage:safetensors test_packing test_architectures test_losses test_sampler "
     "test_gradients test_methods:grpo test_ready",
     "core/engines.py": "test_ready:engine",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
+    "core/config.py": "test_lora:resume test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
     "test_skeleton",
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks: test_dapo test_ready:rank-or-card",
@@ -48,7 +48,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/answers.py": "test_verifier test_fuzz",
     "eval.py": "test_eval",
     "grpo.py": METHOD + " test_losses test_gradients",
-    "bridge.py": "test_defaults test_bridge test_methods",
+    "bridge.py": "test_defaults test_lora:bridge test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
     "iw_sft.py": "test_defaults test_iw_sft test_losses test_pages test_methods",
     "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods test_gradients",
@@ -62,6 +62,22 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
 BY_METHOD = METHOD.replace("test_log ", "")  # of these test files only what has the method's name
 
 MUTATIONS = [  # (file, the line as it is, wrong)
+    # LoRA
+    ("core/model.py", 'b, a, alpha=layer.scaling["default"])', "b, a)"),
+    ("core/model.py", "rescale_adapter_scale(policy.model, 0.0)", "rescale_adapter_scale(policy.model, 1.0)"),
+    ("core/model.py", "if dtypes and not p.requires_grad)", "if dtypes and p.requires_grad)"),
+    ("core/model.py", 'if all(".lora_" in name for name in trained) else {}', "if trained else {}"),
+    ("core/model.py", "and policy.model.name_or_path == resolve_model(run.model):", ":"),
+    ("core/model.py", r"\.lora_|\.base_layer\.weight$", r"\.lora_|base_layer"),
+    ("core/records.py", 'if "lora_" in k or not run.lora_rank}', 'if "lora_A" in k or not run.lora_rank}'),
+    ("core/records.py", 'extra.get("frozen", 0) != frozen_bits(state["model"], log.world)', "False"),
+    ("core/config.py", '"lora_rank": int}.items()', "}.items()"),
+    ("bridge.py", ' and ".lora_" not in name:', ":"),
+    (
+        "bridge.py",
+        "named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]",
+        "named = list(policy.named_parameters())",
+    ),
     # what is sampled
     ("grpo.py", "(cfg.run.seed, step, 0),", "(cfg.run.seed, 0, 0),"),
     ("luffy.py", "(cfg.run.seed, step, 0),", "(0, step, 0),"),
