@@ -32,14 +32,17 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
-    "core/records.py": "test_log test_lora:resume-or-sft test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
+    "core/records.py": "test_log test_lora:resume-or-sft test_damage:found-or-file "
+    "test_trust:finite-or-move-or-collapse test_methods:saving "
     "test_damage test_trust test_resume test_gradients test_sampler",
-    "core/model.py": "test_trust:nan test_lora test_damage:safetensors test_packing test_architectures test_losses test_sampler "
+    "core/model.py": "test_trust:nan test_lora test_damage:safetensors test_packing test_architectures test_losses "
+    "test_sampler "
     "test_gradients test_methods:grpo test_ready",
     "core/engines.py": "test_ready:engine",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_lora:resume test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
+    "core/config.py": "test_lora:resume test_damage:file test_scripts test_trust:resume test_faults:command "
+    "test_defaults: "
     "test_skeleton",
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks: test_dapo test_ready:rank-or-card",
