@@ -405,10 +405,11 @@ def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: Worl
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
     log.add(batch.rollouts, **{k: v / updates for k, v in metrics.items()}, trained_tokens=batch.completion_mask.sum())
-    gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
-    log.add_mean("sampler_ratio", gap.tolist())
-    log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())
-    log.add(sampler_ratio_max=gap.max().item() if len(gap) else 0.0)
+    mask = batch.policy_mask
+    gap = torch.where(mask, old_logprobs(batch, logprobs) - batch.sampler_logprobs, -math.inf).exp()
+    log.add_mean("sampler_ratio", gap, mask)
+    log.add_mean("sampler_ratio_off", (gap - 1).abs() > 0.1, mask)
+    log.add(sampler_ratio_max=gap.max())
 
 
 # What a method file uses of core/ is handed on here, so that it imports this module alone.

@@ -92,7 +92,8 @@ class Log:
     def add(self, *rows, **terms):
         self.terms |= terms
 
-    def add_mean(self, name, values):
+    def add_mean(self, name, values, mask=None):
+        values = values if mask is None else values[mask]
         self.values.setdefault(name, []).extend(float(value) for value in values)
 
 
