@@ -160,10 +160,10 @@ def main(cfg: Config) -> None:
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
-    reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
+    reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     window = cfg.max_completion_tokens * (2 if cfg.prefix_site == "user" else 1)  # a hint in the prompt needs room
     sampler = common.load_sampler(cfg.run, tokenizer, world, window)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, extra = common.resume(log, state)

@@ -195,18 +195,18 @@ def main(cfg: Config) -> None:
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     lora = (cfg.lora_rank, cfg.lora_alpha, cfg.run.seed)
     copies = 2 if cfg.meta and cfg.lora_rank else 1  # the shadow serves the adapter alone
-    models = [add_adapter(common.load_model(cfg.run), *lora) for _ in range(copies)]
+    models = [add_adapter(common.load_model(cfg.run, empty=world.rank > 0), *lora) for _ in range(copies)]
     policy, *shadows = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
     shadow = shadows[0] if shadows else None
-    reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
+    reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
     base, adapter = split_parameters(policy)
     parameters = [{"params": base}, {"params": adapter, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     if shadow is not None:
         shadow_base, shadow_adapter = split_parameters(shadow)
-        shadow_optimizer = torch.optim.AdamW(shadow_base, lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+        shadow_optimizer = torch.optim.AdamW(shadow_base, lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
         state |= {"shadow": shadow, "shadow_optimizer": (shadow, shadow_optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)

@@ -27,12 +27,12 @@ from core.engines import load_engine
 from core.model import (
     Policy,
     Tokenizer,
-    checked_sync,
     clip_gradients,
     follow,
     full_tensor,
     load_model,
     load_policy,
+    load_reference,
     load_tokenizer,
     named_weights,
     set_lr,
@@ -110,8 +110,8 @@ class Sampler:
     """Completions from an inference copy of the weights, made by vLLM or transformers."""
 
     def __init__(self, engine, tokenizer: Tokenizer):
-        self.engine, self.tokenizer, self.stop_ids = engine, tokenizer, engine.stop_ids
-        self.sleep, self.sync = engine.sleep, checked_sync(engine)  # free the device; take weights (collective)
+        self.engine, self.tokenizer = engine, tokenizer
+        self.sleep, self.sync = engine.sleep, engine.sync  # free the device; take weights (collective)
 
     def generate(
         self,
@@ -136,8 +136,8 @@ class Sampler:
         for problem, prefix, rows in zip(problems, prefixes, made, strict=True):
             groups.append([Rollout(problem, [*prefix, *ids], len(prefix), logprobs) for ids, logprobs in rows])
         for rollout in (rollout for group in groups for rollout in group):
-            rollout.text = completion_text(rollout.completion_ids, self.tokenizer, self.stop_ids)
-            rollout.finished = rollout.completion_ids[-1] in self.stop_ids
+            rollout.text = completion_text(rollout.completion_ids, self.tokenizer, self.engine.stop_ids)
+            rollout.finished = rollout.completion_ids[-1] in self.engine.stop_ids
         return groups
 
 
@@ -414,7 +414,7 @@ def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: 
 
 # What a method file uses of core/ is handed on here, so that it imports this module alone.
 __all__ = ["RunConfig", "parse", "World", "StopSignal", "init", "shutdown", "all_sum", "gather", "print0", "fail"]
-__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "shard", "named_weights", "grade"]
+__all__ += ["Policy", "Tokenizer", "load_tokenizer", "load_model", "load_policy", "load_reference", "shard", "grade"]
 __all__ += ["full_tensor", "follow", "clip_gradients", "set_lr", "Problem", "load_problems", "group_seed", "regroup"]
 __all__ += ["shown_ends", "tokens_before_answer", "with_hint", "answer_part", "boxed", "RunLog", "save", "resume"]
-__all__ += ["finish", "math_reward", "countdown_reward", "knights_reward", "words_reward"]
+__all__ += ["named_weights", "finish", "math_reward", "countdown_reward", "knights_reward", "words_reward"]

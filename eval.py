@@ -302,7 +302,7 @@ def run(
     asked = {field: getattr(cfg, field) for field in names.split()}
     problems = common.load_problems(source, tokenizer, split="test", grader=grader, **asked)
     cfg = fit(cfg, name, problems, positions)
-    protocol = describe(cfg, name, source, problems, tokenizer, sampler.stop_ids)
+    protocol = describe(cfg, name, source, problems, tokenizer, sampler.engine.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]
     dist.broadcast_object_list(done, 0)
     groups = done[0]

@@ -173,18 +173,19 @@ def main(cfg: Config) -> None:
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
     ratio = cfg.weight in ("iw", "iw_step")
     ref_run = replace(cfg.run, model=cfg.reference or cfg.run.model)
-    reference = common.load_policy(ref_run, world).requires_grad_(False) if ratio or cfg.weight == "pear" else None
+    reference = common.load_reference(ref_run, policy, world) if ratio or cfg.weight == "pear" else None
     ema = common.load_policy(cfg.run, world).requires_grad_(False) if ratio and cfg.q == "ema" else None
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.run.weight_decay, fused=True)
     state = {"model": policy, "optimizer": (policy, optimizer)} | ({"q": ema} if ema else {})
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)
-    sampler.sync(policy)
 
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
+            sampler.sync(policy)
             log.set(**common.evaluate(sampler, test, cfg, world))
+            sampler.sleep()
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)
@@ -198,7 +199,6 @@ def main(cfg: Config) -> None:
         log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
 
         log.phase("update")
-        sampler.sleep()
         log.set(lr=common.set_lr(learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.final_lr), optimizer))
         counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
         scale = normalizer(cfg, policy, ema, reference, rows, counts, world) if cfg.normalize else 1.0
@@ -213,9 +213,6 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
         if ema:
             common.follow(ema, policy, cfg.q_decay)
-
-        log.phase("sync")
-        sampler.sync(policy)
         log.step(step)
 
     common.finish(log, step, policy, tokenizer)

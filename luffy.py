@@ -111,9 +111,9 @@ def main(cfg: Config) -> None:
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
-    reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
+    reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)

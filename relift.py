@@ -135,10 +135,10 @@ def main(cfg: Config) -> None:
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     by_id = {problem.id: problem for problem in train}
     policy = common.load_policy(cfg.run, world)
-    reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None
+    reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
-    sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.sft_lr, weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
+    sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.sft_lr, weight_decay=cfg.run.weight_decay, fused=True)
     sft_optimizer = optimizer if cfg.shared_optimizer else sft_optimizer
     state = {"model": policy, "optimizer": (policy, optimizer), "sft_optimizer": (policy, sft_optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()

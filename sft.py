@@ -83,16 +83,17 @@ def main(cfg: Config) -> None:
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
     policy = common.load_policy(cfg.run, world)
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.run.weight_decay, fused=True)
     state = {"model": policy, "optimizer": (policy, optimizer)}
     log, stop = common.RunLog(cfg, __file__, world), common.StopSignal()
     start, _ = common.resume(log, state)
-    sampler.sync(policy)
 
     for step in range(start, cfg.steps + 1):  # at step n the policy has made n steps; the last pass ends the run
         if test and (step % cfg.run.eval_every == 0 or step == cfg.steps):
             log.phase("evaluation")
+            sampler.sync(policy)
             log.set(**common.evaluate(sampler, test, cfg, world))
+            sampler.sleep()
         last = stop.asked(world) or step == cfg.steps
         if step > start and (last or step % cfg.run.save_every == 0):
             common.save(log, step, state)
@@ -105,7 +106,6 @@ def main(cfg: Config) -> None:
         log.add_mean("completion_tokens", [len(r.completion_ids) for r in rows])
 
         log.phase("update")
-        sampler.sleep()
         log.set(lr=common.set_lr(learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.final_lr), optimizer))
         counts = common.count(rows, world)  # over all ranks, as gradients are summed: nothing divides by the ranks
         for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
@@ -116,9 +116,6 @@ def main(cfg: Config) -> None:
         log.set(grad_norm=common.clip_gradients(policy.parameters(), cfg.run.grad_clip))
         optimizer.step()
         optimizer.zero_grad()
-
-        log.phase("sync")
-        sampler.sync(policy)
         log.step(step)
 
     common.finish(log, step, policy, tokenizer)

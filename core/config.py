@@ -38,11 +38,12 @@ class RunConfig:
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM if installed and on a GPU
     sampler_memory: float = 0.4  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
+    deterministic: bool = False  # a seed for each request, so that vLLM on a GPU samples the same again; a CPU always
     # model and memory
     rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
     max_positions: int = 0  # window of the model; 0: its own
     tokens_per_microbatch: int = 0  # in one forward; never changes the gradient; 0: 16384, and 2048 on a CPU
-    checkpoint_activations: bool = False  # recompute layers in the backward: less memory, a third more time
+    checkpoint_activations: bool = True  # recompute layers in the backward: a quarter of the memory, a third more time
     # optimizer
     weight_decay: float = 0.01  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient summed over ranks; 0: off

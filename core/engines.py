@@ -1,9 +1,14 @@
 """The choice of an inference engine: core/sampler.py or core/vllm_sampler.py."""
 
 import importlib.util
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from core.config import RunConfig
-from core.model import Tokenizer, window
+from core.model import Policy, Tokenizer, judge, packed_logprobs, window
 from core.processes import World, fail
 from core.sampler import TransformersEngine
 
@@ -25,6 +30,43 @@ def load_engine(run: RunConfig, tokenizer: Tokenizer, world: World, max_completi
     if run.sampler == "vllm" and not installed:
         fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
     if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
-        return TransformersEngine(run, tokenizer, world)
-    vllm_sampler = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
-    return vllm_sampler.VLLMEngine(run, tokenizer, world, longest)
+        return LateEngine(lambda: TransformersEngine(run, tokenizer, world))
+
+    def vllm_engine() -> object:
+        module = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
+        return module.VLLMEngine(run, tokenizer, world, longest)
+
+    return LateEngine(vllm_engine)
+
+
+class LateEngine:
+    """An engine that is made at its first use: by then trainer and checkpoint have what they need.
+    After its first policy it is asked for what the trainer would say too.
+    """
+
+    def __init__(self, make: Callable[[], object]):
+        self.make, self.checked = make, False
+
+    @cached_property
+    def made(self) -> object:
+        """The engine itself (collective)."""
+        return self.make()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.made, name)
+
+    def sleep(self) -> None:
+        """Free the device, if the engine has taken any of it (collective)."""
+        if "made" in vars(self):
+            self.made.sleep()
+
+    @torch.no_grad()
+    def sync(self, weights: Policy | Iterable[tuple[str, Tensor]]) -> None:
+        """Take a policy's weights or (name, whole tensor) pairs; compare the first (collective)."""
+        self.made.sync(weights)
+        if isinstance(weights, Policy) and not self.checked:
+            self.checked = True
+            (((ids, sampled),),) = self.decode([[1, 2, 3, 4]], [[]], 1, 4, 1.0, [0], 1.0)
+            row = torch.tensor([1, 2, 3, 4, *ids], device=next(weights.parameters()).device)
+            found = packed_logprobs(weights, [row])[3:]
+            judge(found, found.new_tensor(sampled), "sampler and trainer")

@@ -1,13 +1,16 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -65,14 +68,19 @@ def window(run: RunConfig) -> float:
     return positions
 
 
-def load_model(run: RunConfig, dtype=torch.float32, attention: str = "packed") -> transformers.PreTrainedModel:
-    """A Hugging Face causal LM on the CPU; sdpa: or eager, where it has no other that is right."""
+def load_model(run: RunConfig, dtype=torch.float32, attention="packed", empty=False) -> transformers.PreTrainedModel:
+    """A Hugging Face causal LM on the CPU; empty: its shapes alone, on the meta device. sdpa: or
+    eager, where it has no other that is right.
+    """
     folder, config = resolve_model(run.model), load_config(run)
     if attention == "sdpa":  # which would leave out a soft cap without a word
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
     options = {"config": config, "dtype": dtype, "attn_implementation": attention}
-    options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
     try:
+        if empty:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(**options)
+        options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
@@ -89,11 +97,17 @@ def broken_weight(model: nn.Module) -> str:
     return next((name for name, p in local if not p.isfinite().all()), "")
 
 
-def load_policy(run: RunConfig, world: World) -> "Policy":
-    """The model of a run, sharded: the policy, or a copy that the caller freezes (collective)."""
-    policy = shard(load_model(run), world, run.checkpoint_activations)
+def load_policy(run: RunConfig, world: World, dtype=torch.float32) -> "Policy":
+    """The model of a run, sharded; rank 0 alone reads its files and holds it whole (collective)."""
+    policy = shard(load_model(run, dtype, empty=world.rank > 0), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy
+
+
+def load_reference(run: RunConfig, policy: "Policy", world: World) -> "Policy":
+    """A frozen copy of the model of a run; on CUDA in bf16, as which it computes (collective)."""
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return load_policy(run, world, dtype).requires_grad_(False)
 
 
 LIMITS = {"cpu": 1e-3, "cuda": 0.25}  # nats a token in fp32 and bf16, ten and three times what rounding makes
@@ -136,22 +150,6 @@ def check_packing(policy: "Policy", name: str, device: torch.device) -> None:
     judge(packed, torch.cat(alone), f"rows of {name} packed and alone")
 
 
-def checked_sync(engine) -> Callable:
-    """The engine's sync, which after its first policy compares what it samples (collective)."""
-    first = [True]
-
-    @torch.no_grad()
-    def sync(weights: "Policy | Iterable[tuple[str, Tensor]]") -> None:
-        engine.sync(weights)
-        if isinstance(weights, Policy) and first and first.pop():
-            (((ids, sampled),),) = engine.decode([[1, 2, 3, 4]], [[]], 1, 4, 1.0, [0], 1.0)
-            row = torch.tensor([1, 2, 3, 4, *ids], device=next(weights.parameters()).device)
-            found = packed_logprobs(weights, [row])[3:]
-            judge(found, found.new_tensor(sampled), "sampler and trainer")
-
-    return sync
-
-
 # The packed forward -------------------------------------------------------------------------------
 def packed_attention(
     module: nn.Module,
@@ -180,7 +178,10 @@ def packed_attention(
     if query.is_cuda and not more:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         ends, seen = (cu_seqlens, cu_seqlens, longest, longest), (window - 1 if window < longest else -1, 0)
-        return varlen_attn(q, k, v, *ends, scale=scaling, window_size=seen, enable_gqa=grouped)[None], None
+        if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+            k, v, grouped = *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), False
+        more = {"enable_gqa": True} if grouped else {}
+        return varlen_attn(q, k, v, *ends, scale=scaling, window_size=seen, **more)[None], None
     out = []
     for q, k, v in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True):
         full = q.new_full((q.shape[2], q.shape[2]), -torch.inf) if more or q.shape[2] > window else None
@@ -190,6 +191,27 @@ def packed_attention(
 
 
 transformers.AttentionInterface.register("packed", packed_attention)  # without a mask function: none is made
+
+
+class Fp32Logits(torch.autograd.Function):
+    """hidden @ weight.T of bf16 numbers, whose sums are not rounded to bf16: that alone moves a
+    log-probability by 0.01 nat, and as much the ratio between sampler and trainer.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        """(M, hidden size), (V, hidden size) -> (M, V) fp32."""
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T  # torch has the product above on CUDA alone
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of both, from products of bf16 as those of the other layers."""
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        return grad @ weight, grad.T @ hidden if ctx.needs_input_grad[1] else None
 
 
 class Policy(nn.Module):
@@ -230,7 +252,9 @@ class Policy(nn.Module):
 
     def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         """(M, hidden size) -> as forward, at least in fp32."""
-        logits = self.model.get_output_embeddings()(hidden)
+        output = self.model.get_output_embeddings()
+        exact = hidden.dtype == torch.bfloat16 and type(output) is nn.Linear and output.bias is None
+        logits = Fp32Logits.apply(hidden, output.weight) if exact else output(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits if self.scale == 1 else logits * self.scale
         logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
@@ -245,13 +269,16 @@ class Policy(nn.Module):
 # Sharding -----------------------------------------------------------------------------------------
 def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activations: bool = False) -> Policy:
     """Wrap a model and shard it with FSDP2, each decoder layer and the root. Gradients are summed
-    over ranks.
+    over ranks. All weights and buffers are rank 0's, which hands them out one by one (collective).
 
     Parameters, gradients and Adam moments keep the model's dtype (fp32 masters); on CUDA the
     compute is bf16.
     """
+    weights, buffers = model.state_dict(), dict(model.named_buffers())
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if world.size > 1:
+        model.to("meta").tie_weights()
     policy = Policy(model).train()
     mesh = init_device_mesh(world.device.type, (world.size,))
     dtypes = (torch.bfloat16, torch.float32) if world.device.type == "cuda" else ()  # of the forward, of reductions
@@ -259,6 +286,12 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*dtypes))
         module.set_gradient_divide_factor(1.0)  # losses are divided by counts over ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    if world.size > 1:
+        policy.to_empty(device=world.device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights if world.rank == 0 else {}, options=options)
+        for name, buffer in model.named_buffers():
+            dist.broadcast(buffer.copy_(buffers[name]) if world.rank == 0 else buffer, 0)
     return policy
 
 
@@ -267,10 +300,12 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a policy under their Hugging Face names, one at a time (collective)."""
+def named_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The whole weights of a policy under their Hugging Face names, one at a time, gathered in a
+    dtype or their own (collective).
+    """
     for name, parameter in policy.model.named_parameters():
-        yield name, full_tensor(parameter)
+        yield name, full_tensor(parameter.detach().to(dtype or parameter.dtype))
 
 
 @torch.no_grad()

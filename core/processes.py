@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
+WAIT = timedelta(hours=4)  # in a collective: for rank 0, which checks the data, and for the slowest in rollouts
+PATIENCE = 600.0  # seconds without a new phase until rank 0 says in which all ranks are
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,37 @@ def init(seed: int) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            fail(f"{torch.cuda.get_device_name(device)} is older than Ampere and lacks bf16, in which models compute")
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does, so that both give the same numbers
     if not cuda and os.uname().sysname == "Linux":
         ctypes.CDLL(None).mallopt(-3, 2**23)  # M_MMAP_THRESHOLD: what is freed goes back, a fifth slower, half the peak
     if not dist.is_initialized():
         store = None if "RANK" in os.environ else dist.HashStore()  # a world of one needs no port
-        wait = timedelta(hours=4)  # for rank 0, which checks the data, and for the slowest in rollouts
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, store=store, rank=rank, world_size=size)
+        place = {"rank": rank, "world_size": size, "device_id": device if cuda else None}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, store=store, **place)
+        if size > 1:
+            threading.Thread(target=watch, args=(rank, size), daemon=True).start()
     torch.manual_seed(seed)
     sys.excepthook = explain
     return World(rank, size, device)
+
+
+def watch(rank: int, size: int) -> None:
+    """In a thread: leave this rank's phase in the store; rank 0 tells all where none ends."""
+    store, told = dist.distributed_c10d._get_default_store().clone(), time.perf_counter()
+    try:
+        while dist.is_initialized():
+            time.sleep(PATIENCE / 20)
+            (phase, since), now = doing, time.perf_counter()
+            store.set(f"phase of rank {rank}", f"{phase} since {now - since:.0f} s")
+            if rank == 0 and now - max(told, since) > PATIENCE:
+                told, keys = now, [f"phase of rank {r}" for r in range(size)]
+                known = [f"{key[9:]} in {store.get(key).decode()}" for key in keys if store.check([key])]
+                print0(f"no new phase for {PATIENCE:.0f} s: {', '.join(known)}")
+    except dist.DistError:
+        pass  # the rank that keeps the store has ended, and says why
 
 
 before_shutdown: list[Callable[[], None]] = []  # what must end while the process group still stands
@@ -161,7 +183,7 @@ def explain(kind: type, error: BaseException, trace: object) -> None:
     """One sentence for a traceback where memory, disk, a package or another rank is missing."""
     said = first_line(error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
-        update = "--tokens_per_microbatch, add --checkpoint_activations"
+        update = "--tokens_per_microbatch, have --checkpoint_activations"
         said += f"; lower {update if doing[0] in ('update', 'sft') else '--sampler_memory'} or use more GPUs"
     elif any(s in str(error) for s in ("No space left", "Disk quota", "File too large", "inline_container")):
         said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"

@@ -411,14 +411,17 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
     """The model as a Hugging Face folder at final/, in its source's dtype (collective)."""
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
-    weights = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in weights}
-    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), ""):
+    whole, broken = {}, ""  # on rank 0 alone
+    for name, tensor in ((name, tensor.to(dtype)) for name, tensor in weights):
+        broken = broken or ("" if tensor.isfinite().all() else name)
+        whole |= {name: tensor.to("cpu", copy=True)} if log.world.rank == 0 else {}
+    if broken:
         fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
     if log.world.rank == 0:
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-        model.save_pretrained(final, state_dict=weights)
+        model.save_pretrained(final, state_dict=whole)
         model.config.dtype = dtype  # it took that of the masters
         model.config.save_pretrained(final)
         generation.to_json_file(final / "generation_config.json")  # save_pretrained refuses some that are published

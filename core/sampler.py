@@ -59,7 +59,7 @@ class TransformersEngine:
         RuntimeError where a name is unknown or a parameter is left without new weights.
         """
         mine = dict(self.model.named_parameters())
-        for name, tensor in named_weights(weights) if isinstance(weights, Policy) else weights:
+        for name, tensor in named_weights(weights, self.model.dtype) if isinstance(weights, Policy) else weights:
             if name not in mine:
                 raise RuntimeError(f"the sampler has no parameter {name}")
             mine.pop(name).copy_(tensor)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, and so sees the weights
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
@@ -22,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from core.config import RunConfig, resolve_model  # noqa: E402
 from core.model import Policy, Tokenizer, load_config, named_weights  # noqa: E402
-from core.processes import World, before_shutdown, fail  # noqa: E402
+from core.processes import WAIT, World, before_shutdown, fail  # noqa: E402
 from core.sampler import Sampled, stop_ids  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -51,11 +52,14 @@ class VLLMEngine:
         except OSError:  # there is no such file: as transformers does
             generation_config = model.generation_config
         self.stop_ids = stop_ids(tokenizer, generation_config)
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size) if size > 1]
+        shares = [range(first, first + size) for first in range(0, world.size, size)]
+        groups = [dist.new_group(list(ranks), WAIT) for ranks in shares if size > 1]
         self.peers = groups[world.rank // size] if groups else None
         changed = ("rope_parameters", "max_position_embeddings") if run.rope_theta or run.max_positions else ()
         room = {"enable_sleep_mode": True, "gpu_memory_utilization": run.sampler_memory}
         cuda = world.device.type == "cuda"
+        self.dtype, self.seeded = torch.bfloat16 if cuda else torch.float32, run.deterministic or not cuda
+        self.synced = self.lost = False  # weights have come by a sync; they are dropped and have not come again
         self.engine = vllm.LLM(
             folder,
             load_format="safetensors",
@@ -63,7 +67,7 @@ class VLLMEngine:
             hf_overrides={name: getattr(config, name) for name in changed},
             use_tqdm_on_load=False,
             generation_config="vllm",  # the model's own top_p or top_k would bias the ratio
-            dtype="bfloat16" if cuda else "float32",
+            dtype=self.dtype,
             max_model_len=max_tokens,
             tensor_parallel_size=size,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
@@ -81,12 +85,14 @@ class VLLMEngine:
         return self.engine.apply_model(lambda model: model)[0]
 
     def sleep(self) -> None:
-        """Weights to the host, cache dropped. Serves its peers until they sleep (collective)."""
+        """Drop the cache, and the weights, which the next sync brings; those that it never brought
+        go to the host. Serves its peers until they sleep (collective).
+        """
         while self.peers is not None and self._serve(None) is not None:
             pass
         if not self.asleep:  # on a CPU vLLM keeps the memory, but goes through the same states
-            self.engine.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+            self.engine.sleep(level=2 if self.synced else 1)
+            self.asleep, self.lost = {"weights", "kv_cache"}, self.synced
 
     def _wake(self, *tags: str) -> None:
         if needed := [tag for tag in tags if tag in self.asleep]:
@@ -102,7 +108,7 @@ class VLLMEngine:
         left, loaded, inner = dict(self.shapes), set(), self.inner
 
         def stream() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in named_weights(weights) if isinstance(weights, Policy) else weights:
+            for name, tensor in named_weights(weights, self.dtype) if isinstance(weights, Policy) else weights:
                 if left.pop(name, None) != tensor.shape:
                     raise RuntimeError(f"the sampler has no parameter {name} of shape {tuple(tensor.shape)}")
                 yield name, tensor
@@ -118,6 +124,7 @@ class VLLMEngine:
                 module.quant_method.process_weights_after_loading(module)
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache")
+        self.synced, self.lost = True, False
 
     def decode(self, prompts, prefixes, n, max_tokens, temperature, seeds, top_p) -> list[list[Sampled]]:
         """As TransformersEngine.decode. Every rank of a shared engine calls it, or sleep."""
@@ -128,8 +135,9 @@ class VLLMEngine:
         shared |= {"stop_token_ids": self.stop_ids, "logprobs": 0, "detokenize": False}
         requests = []
         for prompt, prefix, seed in zip(prompts, prefixes, seeds, strict=True):
-            params = vllm.SamplingParams(seed=seed, max_tokens=max_tokens - len(prefix), **shared)
-            requests.append(({"prompt_token_ids": [*prompt, *prefix]}, params))
+            own = seed if self.seeded else None  # of each request: vLLM draws its tokens one by one
+            params = vllm.SamplingParams(seed=own, max_tokens=max_tokens - len(prefix), **shared)
+            requests.append(({"prompt_token_ids": [*prompt, *prefix]}, params, seed))
         return [made * (1 if temperature else n) for made in self._serve(requests)]  # greedy: n times the same
 
     def _serve(self, requests: list | None) -> list[list[Sampled]] | None:
@@ -140,9 +148,14 @@ class VLLMEngine:
             dist.all_gather_object(parts, requests, group=self.peers)
             if all(part is None for part in parts):
                 return None
+        if self.lost:
+            raise RuntimeError("the sampler's weights were dropped for an update and have not come again: sync first")
         self._wake("weights", "kv_cache")
         asked = [request for part in parts for request in part or []]
-        outputs = self.engine.generate([prompt for prompt, _ in asked], [p for _, p in asked], use_tqdm=False)
+        if asked and not self.seeded:  # one seed for all
+            torch.manual_seed(asked[0][2])
+            np.random.seed(asked[0][2] % 2**32)
+        outputs = self.engine.generate([request[0] for request in asked], [r[1] for r in asked], use_tqdm=False)
         first = sum(len(part or []) for part in parts[: dist.get_rank(self.peers) if self.peers else 0])
         return [[sampled(row) for row in output.outputs] for output in outputs[first : first + len(requests or [])]]
 

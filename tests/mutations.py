@@ -36,13 +36,14 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/records.py": "test_log test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
     "test_damage test_trust test_resume test_gradients test_sampler",
     "core/model.py": "test_trust:nan test_damage:safetensors test_packing test_architectures test_losses test_sampler "
-    "test_gradients test_methods:grpo",
+    "test_gradients test_methods:grpo test_ready",
+    "core/engines.py": "test_ready:engine",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
     "core/config.py": "test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
     "test_skeleton",
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
-    "test_method_updates:grpo-or-two_ranks: test_dapo",
+    "test_method_updates:grpo-or-two_ranks: test_dapo test_ready:rank-or-card",
     "core/vllm_sampler.py": "test_vllm",
     "core/verifier.py": "test_verifier test_data test_fuzz test_faults:worker",
     "core/answers.py": "test_verifier test_fuzz",
@@ -422,7 +423,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("common.py", "    log_ratio = logprobs - ref_logprobs", "    log_ratio = ref_logprobs - logprobs"),
     (
         "grpo.py",
-        "reference = common.load_policy(cfg.run, world).requires_grad_(False) if cfg.kl_coef else None",
+        "reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None",
         "reference = policy if cfg.kl_coef else None",
     ),
     (
@@ -445,7 +446,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "ids = ids[:1] if isinstance(ids, list) else [ids]",
     ),
     ("core/data.py", 'max_completion_tokens} tokens"', 'max_completion_tokens} tokens" * 0'),
-    ("common.py", "rollout.finished = rollout.completion_ids[-1] in self.stop_ids", "rollout.finished = True"),
+    ("common.py", "rollout.finished = rollout.completion_ids[-1] in self.engine.stop_ids", "rollout.finished = True"),
     (
         "common.py",
         "    lengths = [len(r.completion_ids) for r in rollouts]",
@@ -497,10 +498,13 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("common.py", "(gap - 1).abs() > 0.1, mask)", "(gap - 1) > 0.1, mask)"),
     (
         "core/model.py",
-        "def load_model(run: RunConfig, dtype=torch.float32,",
-        "def load_model(run: RunConfig, dtype=torch.bfloat16,",
+        "def load_model(run: RunConfig, dtype=torch.float32, attention",
+        "def load_model(run: RunConfig, dtype=torch.bfloat16, attention",
     ),
     ("core/model.py", "dict.fromkeys(noise, 0.0)", "dict.fromkeys(noise, 0.1)"),
+    ("core/model.py", "return hidden.float() @ weight.float().T", "return (hidden @ weight.T).float()"),
+    ("core/model.py", "if world.rank == 0 else buffer, 0)", "if world.rank == 0 else buffer, 1)"),
+    ("core/engines.py", 'if "made" in vars(self):', "if True:"),
     (
         "core/data.py",
         "key = (seed, problem.id, problem.occurrence) if problem.occurrence else (seed, problem.id)",

@@ -75,8 +75,11 @@ def one_step(
         patch.setattr(common, "StopSignal", lambda: mock.Mock(asked=lambda world: False))
         patch.setattr(common, "load_tokenizer", lambda name: byte_tokenizer())
         patch.setattr(common, "load_data", lambda *args, **kwargs: (problems or expert_problems(), []))
-        patch.setattr(common, "load_model", lambda run: next(queue))
+        patch.setattr(common, "load_model", lambda run, **_: next(queue))
         patch.setattr(common, "load_policy", load_policy)
+        patch.setattr(
+            common, "load_reference", lambda run, policy, world: load_policy(run, world).requires_grad_(False)
+        )
         patch.setattr(common, "load_sampler", lambda *args: sampler)
         patch.setattr(common, "score", reward_experts)
         patch.setattr(core.records, "open_folder", lambda *args: Path("none"))

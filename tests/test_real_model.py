@@ -134,7 +134,7 @@ def test_a_base_model_ends_its_turn(folder, tmp_path, world):
     tokenizer = common.load_tokenizer(base)
     sampler = common.load_sampler(common.RunConfig(model=base, sampler="hf"), tokenizer, world, 64)
     ((rollout,),) = sampler.generate([question(FRANCE, tokenizer)], None, 1, 24, 0.0, (0,))
-    assert tokenizer.eos_token_id == END_OF_TEXT and sampler.stop_ids == [END_OF_TEXT, END]
+    assert tokenizer.eos_token_id == END_OF_TEXT and sampler.engine.stop_ids == [END_OF_TEXT, END]
     assert rollout.finished and rollout.completion_ids[-1] == END and rollout.text.startswith("The capital of France")
 
 

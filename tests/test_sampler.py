@@ -50,8 +50,8 @@ def test_logprobs_equal_the_trainers(architecture, temperature, model_folder, wo
     for group, prefix, question in zip(groups, prefixes, asked, strict=True):
         assert all(r.completion_ids[: len(prefix)] == prefix and r.num_expert_tokens == len(prefix) for r in group)
         assert all(r.problem is question and len(r.completion_ids) <= 24 for r in group)
-        assert all(r.finished == (r.completion_ids[-1] in sampler.stop_ids) for r in group)
-        assert all(stop not in r.completion_ids[len(prefix) : -1] for r in group for stop in sampler.stop_ids)
+        assert all(r.finished == (r.completion_ids[-1] in sampler.engine.stop_ids) for r in group)
+        assert all(stop not in r.completion_ids[len(prefix) : -1] for r in group for stop in sampler.engine.stop_ids)
     batch = common.make_batch([r for group in groups for r in group], world.device)
     with torch.no_grad():
         logprobs, _ = common.token_logprobs(policy, batch, temperature)
@@ -95,7 +95,7 @@ def test_small_batches_change_nothing(sampler, monkeypatch):
     """The same completions where the cache holds a few rows at a time."""
     asked = questions(6)
     wide = [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))]
-    monkeypatch.setattr(sampler.engine, "max_batch_tokens", 100)
+    monkeypatch.setattr(sampler.engine.made, "max_batch_tokens", 100)
     assert [[r.completion_ids for r in g] for g in sampler.generate(asked, None, 4, 12, 1.0, (0, 3, 0))] == wide
 
 
@@ -193,7 +193,7 @@ def test_a_problem_drawn_twice_is_sampled_twice(rows, n, step, sampler):
 def test_auto_is_transformers_on_a_cpu(model_folder, tokenizer, world):
     """--sampler auto takes vLLM where there is a GPU alone."""
     sampler = common.load_sampler(common.RunConfig(model=model_folder("qwen2")), tokenizer, world, 100)
-    assert type(sampler.engine) is TransformersEngine or world.device.type == "cuda"
+    assert type(sampler.engine.made) is TransformersEngine or world.device.type == "cuda"
 
 
 # Where it stops -----------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_final_has_the_dtype_of_the_source_and_stops_where_it_was_trained(method
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
     assert transformers.AutoTokenizer.from_pretrained(final).chat_template == TURN_ENDS[0][1]
     sampler = common.load_sampler(common.RunConfig(model=str(final)), common.load_tokenizer(str(final)), world, 100)
-    assert sampler.stop_ids == stops
+    assert sampler.engine.stop_ids == stops
 
 
 def test_masters_do_not_go_through_the_export(tmp_path, world):

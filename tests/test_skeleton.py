@@ -51,7 +51,7 @@ def test_the_whole_is_short():
     count = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert count["common.py"] <= 420
     assert count["common.py"] + sum(count[f"{name}.py"] for name in NAMES) <= 3500
-    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 2665
+    assert sum(n for name, n in count.items() if name.startswith("core/")) <= 2840
 
 
 @pytest.mark.parametrize("method", CHILDREN, ids=lambda m: m.name)
@@ -94,7 +94,7 @@ def test_sections_and_phases_come_in_one_order(name):
     assert titles == [title for title in SECTIONS if title in titles] and {"Config", "The loss", "Main"} <= set(titles)
     phases = list(dict.fromkeys(re.findall(r'log\.phase\("(\w+)"\)', function(name, "main"))))
     assert phases == [phase for phase in PHASES if phase in phases]
-    assert {"evaluation", "update", "sync"} <= set(phases)
+    assert {"evaluation", "update"} | ({"sync"} if "rollouts" in phases else set()) <= set(phases)
 
 
 @pytest.mark.parametrize("name", ["dapo", "bread", "relift", "bridge"])

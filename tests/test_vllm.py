@@ -49,6 +49,7 @@ def test_engine_equals_the_trainer_after_every_sync(check, nproc, tmp_path):
     assert found["stale_gap"] > 2 * GAP, "a perturbed policy that was not synced must show"
     assert found["stale_cache_gap"] > 2 * GAP, "the test of the prefix cache does not reach it"
     assert found["same_seed"] and found["other_seed_differs"] and (CUDA or found["alone_equals_together"])
+    assert found["one_seed"] and "sync first" in found["lost"]
     assert found["refused"] == ["missing", "unknown", "shape", "room", "too long"]
 
 

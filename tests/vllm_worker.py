@@ -134,6 +134,15 @@ def engine(tied: bool, folder: Path, world: common.World) -> dict:
     found["other_seed_differs"] = together != ids(asked, None, 4, 12, 1.0, (0, 4, 0))
     found["alone_equals_together"] = together == [ids([q], None, 4, 12, 1.0, (0, 3, 0))[0] for q in asked]
 
+    sampler.engine.made.seeded = False  # as on a GPU without --deterministic
+    together = ids(asked, None, 4, 12, 1.0, (0, 3, 0))
+    found["one_seed"] = together == ids(asked, None, 4, 12, 1.0, (0, 3, 0)) != ids(asked, None, 4, 12, 1.0, (0, 4, 0))
+    sampler.engine.made.seeded = True
+    sampler.sleep()  # at level 2
+    found["lost"] = refusal(sample)
+    sampler.sync(policy)
+    found["gap"].append(gap(policy, sample(), 0.7, world))
+
     weights = list(common.named_weights(policy))
     wanted = {
         "missing": ("were not updated", sampler.sync, [w for w in weights if "embed" not in w[0]]),
@@ -222,7 +231,7 @@ def real(folder: Path, world: common.World) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_sampler", lambda *args: sampler)
         train("grpo", *flags, "--out", folder / "grpo")
-    return {"greedy": greedy, "stop_ids": sampler.stop_ids, "metrics": read_metrics(folder / "grpo")[:1]}
+    return {"greedy": greedy, "stop_ids": sampler.engine.stop_ids, "metrics": read_metrics(folder / "grpo")[:1]}
 
 
 def main() -> None:
