@@ -266,7 +266,7 @@ def main(cfg: Config) -> None:
                 loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
                 loss.backward()
                 common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
-                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs))
+                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs), world)
                 if shadow is not None:
                     log.add(surrogate_gain=-metrics["loss"] / cfg.updates_per_step)
             if shadow is not None and counts.policy:

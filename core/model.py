@@ -208,8 +208,7 @@ def packed_attention(
     return torch.cat(out, dim=1), None
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+transformers.AttentionInterface.register("packed", packed_attention)  # without a mask function: none is made
 
 
 class Fp32Logits(torch.autograd.Function):

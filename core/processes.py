@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -96,6 +97,18 @@ def gather(values: list, world: World) -> list:
     parts: list = [None] * world.size
     dist.all_gather_object(parts, values)
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+
+def exchange(parts: list, world: World) -> list:
+    """parts[rank] goes to that rank -> what each has for this one, in their order (collective)."""
+    if world.size == 1:
+        return parts
+    sent = [torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8) for part in parts]
+    sizes = torch.tensor([len(part) for part in sent], device=world.device)
+    dist.all_to_all_single(coming := torch.empty_like(sizes), sizes)
+    found = torch.empty(int(coming.sum()), dtype=torch.uint8, device=world.device)
+    dist.all_to_all_single(found, torch.cat(sent).to(world.device), coming.tolist(), sizes.tolist())
+    return [pickle.loads(part.numpy()) for part in found.cpu().split(coming.tolist())]
 
 
 def once(make: Callable[[], object], same: object = None) -> object:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class RunLog:
 
     def __init__(self, cfg: object, script: str, world: World):
         self.cfg, self.world, self.wandb = cfg, world, None
-        self.totals: dict[str, Tensor | float] = {}
+        self.totals: list[tuple[str, Tensor | float]] = []
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
@@ -83,16 +83,20 @@ class RunLog:
             self.check_update(name, self.values[name])
 
     def add(self, rows: list | tuple = (), **terms: Tensor | float) -> None:
-        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's."""
+        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's.
+
+        Tensors are read when the update or the step ends; nobody waits for the device before.
+        """
         terms = {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
-        combine(self.totals, terms)
+        self.totals += terms.items()
         if rows:
             ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
             self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
 
     def check_update(self, norm_name: str, norm: float) -> None:
         """End the run before an update that is not finite, or leave it out (collective)."""
-        terms = [(name, float(value), ids) for name, value, ids in self.terms]
+        names, values, ids = zip(*self.terms, strict=True) if self.terms else ((), (), ())
+        terms = zip(names, read(values), ids, strict=True)
         mine = [(not math.isfinite(v), abs(v), f"{k} {v:.3g} on rank {self.world.rank} of {i}") for k, v, i in terms]
         bad, _, largest = max(gather([max(mine, default=(False, 0.0, "not known"))], self.world))
         if math.isfinite(norm) and not bad:
@@ -109,16 +113,16 @@ class RunLog:
         if self.skip:
             optimizer.zero_grad()
 
-    def add_mean(self, name: str, values: list[float]) -> None:
-        """Add to a mean over all values of step and ranks; without any it is not in the line."""
-        self.add(**{f"{name}/sum": float(sum(values)), f"{name}/count": len(values)})
+    def add_mean(self, name: str, values: list[float] | Tensor, mask: Tensor | None = None) -> None:
+        """Add to a mean over values (in a mask) of step and ranks; not in the line without any."""
+        total, count = (sum(values), len(values)) if mask is None else (values.where(mask, 0).sum(), mask.sum())
+        self.add(**{f"{name}/sum": total, f"{name}/count": count})
 
     def step(self, step: int) -> None:
         """Reduce over ranks, print, write to the files, and start anew (collective)."""
         self.phase("")
-        totals: dict[str, float] = {}
-        for part in gather([{name: float(value) for name, value in self.totals.items()}], self.world):
-            combine(totals, part)
+        mine = combine(zip([k for k, _ in self.totals], read([v for _, v in self.totals]), strict=True))
+        totals = combine(term for part in gather([mine], self.world) for term in part.items())
         counts = {name.removesuffix("/count"): n for name, n in totals.items() if name.endswith("/count")}
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
         line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
@@ -165,12 +169,21 @@ class RunLog:
             write_atomic(path, b"".join(line + b"\n" for line in kept).decode())
 
 
-def combine(totals: dict, terms: dict) -> None:
-    """Add terms to totals of the same names; of a name that ends in _max keep the largest."""
-    for name, term in terms.items():
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """Numbers and scalars of the device, which come in one transfer."""
+    found = [value.double() for value in values if isinstance(value, Tensor)]
+    known = iter(torch.stack(found).tolist() if found else [])
+    return [next(known) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def combine(terms: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The sum of the terms of each name; of a name that ends in _max the largest."""
+    totals: dict[str, float] = {}
+    for name, term in terms:
         if name in totals:
             term = max(totals[name], term) if name.endswith("_max") else totals[name] + term
         totals[name] = term
+    return totals
 
 
 def describe_line(line: dict[str, float], steps: int) -> str:
