@@ -183,7 +183,7 @@ def explain(kind: type, error: BaseException, trace: object) -> None:
     """One sentence for a traceback where memory, disk, a package or another rank is missing."""
     said = first_line(error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
-        update = "--tokens_per_microbatch, have --checkpoint_activations"
+        update = "--tokens_per_microbatch, take --checkpoint_activations or --lora_rank,"
         said += f"; lower {update if doing[0] in ('update', 'sft') else '--sampler_memory'} or use more GPUs"
     elif any(s in str(error) for s in ("No space left", "Disk quota", "File too large", "inline_container")):
         said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"
