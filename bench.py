@@ -1,9 +1,13 @@
-"""What the code costs: the update phase beside a plain padded loop, and the memory of every method.
+"""What the code costs: the update phase beside a plain padded loop, and the memory of a method.
 
 python bench.py                  tokens a second, share of the matmul roofline, peak memory
-python bench.py --what memory    GiB per GPU of the papers' experiments, by arithmetic
+python bench.py --what memory    GiB per GPU of the papers' experiments: the table of the README
+python bench.py --what memory --method bread --model Qwen2.5-7B --gpus 8
+                                 measured now, in seconds, without a GPU and without weights; any
+                                 flag of the method may follow (results/memory.py says how)
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,17 +22,10 @@ import transformers
 import tyro
 
 import common
+from core.config import with_flags
 from core.records import peak_memory_mb
+from results import memory
 from results.methods import METHODS
-
-EXTRA = {4: "with a reference", 8: "a second Adam", 16: "a shadow with its Adam"}  # bytes a parameter, and for what
-MODELS = {  # layers, hidden, vocabulary, parameters in billions
-    "Qwen2.5-0.5B": (24, 896, 151936, 0.494),
-    "Qwen2.5-1.5B": (28, 1536, 151936, 1.544),
-    "Qwen2.5-3B": (36, 2048, 151936, 3.086),
-    "Qwen2.5-7B": (28, 3584, 152064, 7.616),
-    "Qwen2.5-32B": (64, 5120, 152064, 32.76),
-}
 
 
 @dataclass
@@ -42,36 +39,21 @@ class Config:
     longest: int = 256  # completion tokens, lengths uniform from an eighth of it
     tokens_per_microbatch: int = 16384  # memory: as it is; update: a quarter of it on a CPU
     rounds: int = 2  # timed; the fastest counts
-    checkpoint_activations: bool = True  # memory only
-    tensor_parallel: int = 1  # memory only: ranks that share a sampler's copy of the weights
+    method: str = ""  # memory only: a method file; empty: the table of the records
+    gpus: int = 8  # memory only
 
 
-def memory_per_gpu(
-    model: str, extra: int, gpus: int, tokens: int, checkpointed: bool, tensor_parallel: int = 1
-) -> float:
-    """GiB: shards of weights, gradients and moments, the sampler's copy, one micro-batch, gathers.
-
-    Activations: one bf16 vector a token and layer with checkpointing, about 34 without (Korthikanti
-    et al. 2022, 2205.05198, without attention scores); one layer is recomputed. The last 3 x 256 MB
-    are the head's. The KV cache takes what is left.
-    """
-    layers, hidden, vocab, billions = MODELS[model]
-    parameters = billions * 1e9
-    sharded = parameters * (16 + extra) / gpus
-    gathered = 2 * 2 * (parameters / layers + vocab * hidden)  # in bf16: one layer ahead, and the root
-    activations = tokens * hidden * ((2 * layers + 34) if checkpointed else 34 * layers)
-    return (sharded + 2 * parameters / min(tensor_parallel, gpus) + gathered + activations + 3 * 2**28) / 2**30
-
-
-def print_memory(cfg: Config) -> None:
-    """The table of the README: methods that need the same share a line."""
-    print(f"| method | model | {' | '.join(f'{n} GPU' for n in (1, 2, 4, 8))} |\n|---|---|---|---|---|---|")
-    rest = (cfg.tokens_per_microbatch, cfg.checkpoint_activations, cfg.tensor_parallel)
-    for model, extra in dict.fromkeys((m.model, m.extra) for m in METHODS):
-        names = " ".join(m.name for m in METHODS if (m.model, m.extra) == (model, extra))
-        names += f" ({EXTRA.get(extra, f'{extra} bytes a parameter more')})" if extra else ""
-        cells = [memory_per_gpu(model, extra, n, *rest) for n in (1, 2, 4, 8)]
-        print(f"| {names} | {model} | {' | '.join(f'{c:.0f}' for c in cells)} |")
+def print_memory(cfg: Config, flags: list[str]) -> None:
+    """The records as a table, or what one method needs with its flags."""
+    if not cfg.method:
+        return print(memory.table())
+    names = [method.name for method in METHODS]
+    if cfg.method not in names:
+        common.fail(f"--method {cfg.method}: there is no such file; the methods are {', '.join(names)}")
+    config = importlib.import_module(cfg.method).Config
+    asked = tyro.cli(config, args=flags, prog=f"{cfg.method}.py", config=(tyro.conf.OmitArgPrefixes,))
+    asked = with_flags(asked, {"tokens_per_microbatch": cfg.tokens_per_microbatch})
+    print("\n".join(memory.lines(memory.measure(cfg.method, asked, cfg.gpus))))
 
 
 def ragged_rows(cfg: Config) -> list[common.Rollout]:
@@ -173,9 +155,11 @@ def measure(cfg: Config) -> None:
     common.shutdown()
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config, flags: list[str]) -> None:
     if cfg.what == "memory":
-        return print_memory(cfg)
+        return print_memory(cfg, flags)
+    if flags:
+        common.fail(f"{' '.join(flags)}: python bench.py knows no such flag")
     if cfg.way != "both":
         return measure(cfg)
     found, environment = {}, {"OMP_NUM_THREADS": "1"} | os.environ
@@ -193,4 +177,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(*tyro.cli(Config, description=__doc__, return_unknown_args=True))

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
+from core.memory import announce
 from core.processes import World, all_sum, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -113,6 +114,8 @@ def frozen_bits(model: nn.Module, world: World) -> int:
 
 def load_policy(run: RunConfig, world: World, dtype=torch.float32) -> "Policy":
     """The model of a run, sharded; rank 0 alone reads its files and holds it whole (collective)."""
+    if dtype == torch.float32:  # what is trained
+        announce(run, load_config(run), world)
     policy = shard(load_model(run, dtype, empty=world.rank > 0), world, run.checkpoint_activations)
     check_packing(policy, run.model, world.device)
     return policy

@@ -27,7 +27,6 @@ class Method(NamedTuple):
     line: str  # how the line begins that computes it
     most: int  # changed lines below the docstring, at most: a number that only falls
     model: str  # of the paper's experiment
-    extra: int = 0  # bytes a parameter besides weights, gradients and Adam's moments (16) and the sampler (2)
 
 
 METHODS = [
@@ -107,7 +106,6 @@ METHODS = [
         "loss = -common.token_mean(",
         65,
         "Qwen2.5-7B",
-        8,
     ),
     Method(
         "prefix_rft",
@@ -130,7 +128,6 @@ METHODS = [
         "hint_loss = ",
         60,
         "Qwen2.5-0.5B",
-        4,
     ),
     Method(
         "bridge",
@@ -142,7 +139,6 @@ METHODS = [
         "mine.grad = ",
         160,
         "Qwen2.5-3B",
-        16,
     ),
     Method(
         "chord",
@@ -187,7 +183,6 @@ METHODS = [
         "iw = ",
         95,
         "Qwen2.5-32B",
-        4,
     ),
 ]
 

@@ -40,6 +40,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "test_sampler "
     "test_gradients test_methods:grpo test_ready",
     "core/engines.py": "test_ready:engine",
+    "core/memory.py": "test_bench:start-or-adapter",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
     "core/config.py": "test_lora:resume test_damage:file test_scripts test_trust:resume test_faults:command "
@@ -267,6 +268,10 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     # the check at load, and what architectures ask for
     ("core/model.py", "    check_packing(policy, run.model, world.device)\n", ""),
+    ("core/memory.py", "    if states > has:\n", "    if needs > has:\n"),
+    ("core/memory.py", "if needs <= has:", "if states <= has:"),
+    ("core/memory.py", "saved = 16 * hidden + attention + 8 * inner", "saved = 34 * hidden"),
+    ("core/memory.py", "states = (16 * adapter + 2 * whole if rank", "states = (16 * adapter + 4 * whole if rank"),
     ("core/processes.py", "        ctypes.CDLL(None).mallopt(-3, 2**23)", "        ctypes.CDLL(None)"),
     ("core/model.py", "full.tril(-window)", "full.tril(-window - 1)"),
     ("core/model.py", '("drop" in k or "jitter" in k)', '("jitter" in k)'),

@@ -1,5 +1,6 @@
 """What only a CUDA device shows: varlen attention, bf16 compute over fp32 masters, NCCL."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from conftest import ROOT, byte_tokenizer, problem, random_model, read_metrics, run_script
 
 import common
+from results import gpu
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="NO CUDA DEVICE: the GPU path is not tested on this machine")
@@ -77,3 +79,38 @@ def test_the_same_step_small(tmp_path):
     """What the test above does, on any machine."""
     row = one_online_step(tmp_path, SMALL, 1000, 40)
     assert row["completion_tokens"] > 10 and abs(row["sampler_ratio"] - 1) < (0.2 if CUDA else 1e-3)
+
+
+@pytest.mark.timeout(900)
+def test_make_gpu_at_toy_size(tmp_path):
+    """Every part of the page is there, of four methods each."""
+    run_script("results/gpu.py", "--device", "cpu", "--out", str(tmp_path / "gpu.md"), timeout=800)
+    page = (tmp_path / "gpu.md").read_text()
+    assert "FAILED" not in page and "left out" not in page and "commit " in page and "MFU" in page, page
+    for method in gpu.METHODS:
+        assert f"| {method}, hf | " in page and f"\n{method}: peak " in page, page
+
+
+def test_make_gpu_out_of_time(tmp_path):
+    """What there is no time for is named, and nothing else stops."""
+    run_script("results/gpu.py", "--device", "cpu", "--seconds", "1", "--out", str(tmp_path / "gpu.md"))
+    assert (tmp_path / "gpu.md").read_text().count("left out, the time is up") == 10
+
+
+@pytest.mark.parametrize(
+    "program,seconds,said",
+    [
+        ("print(1); assert False", 60, "exit code 1"),
+        ("print(1, flush=True); import time; time.sleep(60)", 8, "not done"),
+    ],
+)
+def test_what_fails_in_make_gpu_is_written_down(program, seconds, said):
+    """The error and what was printed before it."""
+    printed, wrong = gpu.run([sys.executable, "-c", program], seconds)
+    assert printed.startswith("1") and said in wrong and "```\n1" in wrong
+
+
+def test_make_gpu_ends_what_has_done_enough():
+    """Not an error: the line of the step is there."""
+    _, wrong = gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 30, lambda: True)
+    assert wrong == ""

@@ -1,10 +1,8 @@
 """Files stay small, parent and child alike, arrows point down, and what is printed is true."""
 
 import ast
-import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import re
 import subprocess
@@ -13,9 +11,8 @@ import pytest
 from conftest import ROOT
 from mutations import MUTATIONS, known_bugs
 
-import bench
 import common
-from results import methods
+from results import memory, methods
 from results.methods import METHODS
 
 NAMES = [m.name for m in METHODS]
@@ -222,6 +219,8 @@ def test_commands_name_scripts_and_flags_that_exist():
             continue  # the example that its reader writes
         config = importlib.import_module(script).Config
         known = {field.name for field in dataclasses.fields(config)}
+        if script == "bench" and "--method" in flags:  # whose flags may follow
+            known |= {field.name for field in dataclasses.fields(importlib.import_module("grpo").Config)}
         known |= {field.name for field in dataclasses.fields(common.RunConfig)} if "run" in known else set()
         for flag in re.findall(r"--(?:no-)?(\w+)", flags.split("#")[0]):
             assert flag in known, f"{where}: {script}.py has no --{flag}"
@@ -242,9 +241,7 @@ def test_readme_tables_are_current():
     """The tables of methods and of memory are what their scripts print."""
     text = (ROOT / "README.md").read_text()
     assert f"<!-- methods -->\n{methods.readme_table()}<!-- end of methods -->" in text, "run: make table"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        bench.print_memory(bench.Config(what="memory"))
-    assert printed.getvalue().strip() in text, "README has another memory table than: python bench.py --what memory"
+    assert memory.table() in text, "README has another memory table than: python bench.py --what memory"
 
 
 def test_readme_results_are_the_records(monkeypatch, capsys):
@@ -277,7 +274,7 @@ def test_pages_name_files_that_exist():
 
 
 def test_other_numbers_of_the_readme(capsys):
-    """What the two published bugs do to plain SFT, and 32B on eight GPUs."""
+    """What the two published bugs do to plain SFT."""
     text = " ".join((ROOT / "README.md").read_text().split())
     importlib.import_module("results.accumulation_bugs").main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -286,5 +283,3 @@ def test_other_numbers_of_the_readme(capsys):
     unseen = {row[0]: float(row[1]) for row in rows if len(row) == 2}
     assert f"gradient norm is {first_last:.2f} instead of {correct:.2f}" in text
     assert f"on unseen rows {unseen['first_last']:.2f} instead of {unseen['correct']:.2f}" in text
-    needed = bench.memory_per_gpu("Qwen2.5-32B", 4, 8, 16384, True, 8)
-    assert f"`--tensor_parallel 8` and {needed:.0f} GiB each" in text
