@@ -9,16 +9,16 @@ alone. For sampling, and in the end, w is merged into theta.
     J_RL    = GRPO's surrogate over policy tokens, - kl_coef KL, + entropy_coef H
     J_SFT   = mean logprobs over expert tokens
     theta  += lr      ((1 - lam) grad J_SFT(theta, w) + lam grad J_RL(theta, w))
-    w      += lora_lr ((1 - lam) grad J_SFT(theta, w)
-                       + lam (grad J_RL(theta, w) - grad J_RL(shadow, w)))
+    w      += adapter_lr ((1 - lam) grad J_SFT(theta, w)
+                          + lam (grad J_RL(theta, w) - grad J_RL(shadow, w)))
     shadow  = theta + lr grad J_RL(theta, w)       of every update: --shadow one_step
     shadow += lr grad J_RL(shadow, w)              one for the whole run: --shadow persist
 
 Differs from grpo.py by the adapter, the expert rows of a step, and the shadow. The rollouts are
 drawn once, from (theta, w), and serve all updates. J_RL(shadow) is clipped before its minus. Where
 A < 0, PPO's min has no lower bound: a token of the shadow counts at least shadow_dual_clip A. It is
-grpo.py with --lam 1 --lora_rank 0 --lr 1e-6 --max_completion_tokens 8192; with --lam 0
---lora_rank 0 the loss is sft.py's. At another rank theta is neither file's, since w moves too.
+grpo.py with --lam 1 --adapter_rank 0 --lr 1e-6 --max_completion_tokens 8192; with --lam 0
+--adapter_rank 0 the loss is sft.py's. At another rank theta is neither file's, since w moves too.
 
 One RL step from theta is what the reviewers of v1 and v2 describe. All gradients are taken at the
 same weights, so the gain compares theta before its joint step with the shadow after its RL step: it
@@ -31,8 +31,8 @@ Departures, and choices where the paper is silent. GRPO is the RL algorithm, wit
 to a fixed reference. lam is constant (its appendix; --lam_schedule linear is its method text).
 AdamW makes all three updates; theta, w and shadow are clipped separately. SFT and RL draw from one
 data set, in different orders. J_SFT is at the sampling temperature. In a group with equal rewards
-the gain is exactly 0. Rank 16 and alpha 32 on every linear layer but the head. --no-meta drops the
-shadow, so that w follows SFT and RL alone: the ablation that costs ten points in the paper.
+the gain is exactly 0. Rank 16 and alpha 32 on every linear layer but the head. --lora_rank is of
+theta, for one card. --no-meta drops the shadow: w then follows SFT and RL alone (ten points less).
 
     torchrun bridge.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B            the paper's, as far as known
@@ -67,9 +67,9 @@ class Config:
     lam_schedule: Literal["constant", "linear"] = "constant"  # linear: from 0 up to 1 over the run
     sft_problems_per_step: int = 64  # expert traces over all ranks
     meta: bool = True  # the cooperative gain in the adapter's gradient
-    lora_rank: int = 16  # of the adapter; 0: none
-    lora_alpha: float = 32.0  # its output is scaled by alpha / rank
-    lora_lr: float = 0.0  # 0: lr
+    adapter_rank: int = 16  # of the adapter; 0: none
+    adapter_alpha: float = 32.0  # its output is scaled by alpha / rank
+    adapter_lr: float = 0.0  # 0: lr
     shadow: Literal["one_step", "persist"] = "one_step"  # see above
     shadow_dual_clip: float = 3.0  # for the shadow, a negative advantage counts at most this many times; 0: off
     # loss
@@ -128,37 +128,37 @@ class LoraLinear(nn.Linear):
     lora_scale: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x) + self.lora_scale * F.linear(F.linear(x, self.w_lora_a), self.w_lora_b)
 
 
 def add_adapter(model: nn.Module, rank: int, alpha: float, seed: int) -> nn.Module:
     """Give every linear layer but the head an adapter, none at rank 0. Weights keep their names."""
     generator = torch.Generator().manual_seed(seed)
-    for module in list(model.get_decoder().modules()) if rank else ():
-        if type(module) is nn.Linear:
+    for name, module in list(model.get_decoder().named_modules()) if rank else ():
+        if type(module) is nn.Linear and ".lora_" not in name:
             module.__class__, module.lora_scale = LoraLinear, alpha / rank
             start = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            module.lora_a = nn.Parameter(start.to(module.weight.dtype))
-            module.lora_b = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
+            module.w_lora_a = nn.Parameter(start.to(module.weight.dtype))
+            module.w_lora_b = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
     return model
 
 
 def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole weight) with the adapter added, one at a time; the policy stays (collective)."""
-    modules = dict(policy.model.named_modules())
+    modules = {name.replace(".base_layer", ""): module for name, module in policy.model.named_modules()}
     for name, weight in common.named_weights(policy):
         module = modules[name.rpartition(".")[0]]
         if name.endswith(".weight") and isinstance(module, LoraLinear):
-            a, b = common.full_tensor(module.lora_a), common.full_tensor(module.lora_b)
+            a, b = common.full_tensor(module.w_lora_a), common.full_tensor(module.w_lora_b)
             weight = weight + module.lora_scale * b @ a
-        if "lora_" not in name:
+        if "w_lora_" not in name:
             yield name, weight
 
 
 def split_parameters(policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(base weights, adapter weights)."""
-    named = list(policy.named_parameters())
-    return [p for name, p in named if "lora_" not in name], [p for name, p in named if "lora_" in name]
+    """(base weights, adapter weights), what is trained of them."""
+    named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    return [p for name, p in named if "w_lora_" not in name], [p for name, p in named if "w_lora_" in name]
 
 
 # The shadow ---------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
-    lora = (cfg.lora_rank, cfg.lora_alpha, cfg.run.seed)
-    copies = 2 if cfg.meta and cfg.lora_rank else 1  # the shadow serves the adapter alone
+    lora = (cfg.adapter_rank, cfg.adapter_alpha, cfg.run.seed)
+    copies = 2 if cfg.meta and cfg.adapter_rank else 1  # the shadow serves the adapter alone
     models = [add_adapter(common.load_model(cfg.run, empty=world.rank > 0), *lora) for _ in range(copies)]
     policy, *shadows = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
     shadow = shadows[0] if shadows else None
@@ -251,7 +251,7 @@ def main(cfg: Config) -> None:
         warm = min(1.0, (step + 1) / (cfg.warmup_steps or 1))
         lam = cfg.lam if cfg.lam_schedule == "constant" else step / max(1, cfg.steps - 1)
         log.set(lr=common.set_lr(cfg.lr * warm, optimizer), lam=lam)
-        optimizer.param_groups[1]["lr"] = (cfg.lora_lr or cfg.lr) * warm
+        optimizer.param_groups[1]["lr"] = (cfg.adapter_lr or cfg.lr) * warm
         if shadow is not None:
             common.set_lr(cfg.lr * warm, shadow_optimizer)
         if cfg.updates_per_step > 1:
@@ -266,11 +266,11 @@ def main(cfg: Config) -> None:
                 loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
                 loss.backward()
                 common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
-                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs))
+                common.keep_old_logprobs(batch, common.old_logprobs(batch, logprobs), world)
                 if shadow is not None:
                     log.add(surrogate_gain=-metrics["loss"] / cfg.updates_per_step)
             if shadow is not None and counts.policy:
-                common.follow(shadow, policy, part="lora_" if cfg.shadow == "persist" else "")
+                common.follow(shadow, policy, part="w_lora_" if cfg.shadow == "persist" else "")
                 if cfg.shadow == "one_step":
                     for mine, theirs in zip(base, shadow_base, strict=True):
                         theirs.grad = mine.grad.clone()

@@ -1,7 +1,7 @@
 """What would be a bug if two methods disagreed about it; the rest of a method is in its own file.
 
 Rollouts, scoring, advantages and the other formulas, packing and counting, log-probabilities. The
-ground under it is in core/ (processes, config, model, data, engines, verifier, records).
+ground under it is in core/ (processes, config, model, data, packing, engines, verifier, records).
 
 Shapes: B rows, T completion tokens, V vocabulary, P problems, N rows of one problem (group size).
 Every (B, T) tensor is on the completion axis: column t is completion token t, so logprobs[b, t] =
@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from core.config import RunConfig, asked, parse
@@ -39,7 +38,8 @@ from core.model import (
     set_lr,
     shard,
 )
-from core.processes import StopSignal, World, all_sum, fail, gather, init, print0, shutdown
+from core.packing import lay_out, plan
+from core.processes import StopSignal, World, all_sum, exchange, fail, gather, init, print0, shutdown
 from core.records import RunLog, agree, finish, resume, save
 from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
@@ -259,8 +259,7 @@ def token_mean(values: Tensor, mask: Tensor, num_tokens: int, weights: Tensor | 
 class Batch:
     """A micro-batch. Past a row's length all masks are False and nothing else is used."""
 
-    rollouts: list[Rollout]
-    prompt_ids: list[list[int]]
+    rollouts: list[Rollout]  # without its problem's text and grader where another rank made it
     lengths: list[int]  # completion tokens of each row
     completion_ids: Tensor  # (B, T)
     completion_mask: Tensor  # (B, T) bool; all False in a filler row
@@ -272,6 +271,10 @@ class Batch:
     advantages: Tensor  # (B,)
     token_advantages: Tensor  # (B, T): the row's; on expert tokens the prefix's, where it has one of its own
     taught: Tensor  # (B,) bool; False: the expert's tokens are no target
+    line: tuple  # the rows without padding: what Policy.forward begins with
+    place: tuple[Tensor, Tensor]  # (row, column) of each completion token in the line, (M,)
+    numbers: list[int] = field(default_factory=list)  # of the rows among those of all ranks; none of a filler
+    own: dict[int, Rollout] = field(default_factory=dict)  # by number what this rank made, wherever it is updated
 
 
 def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", filler: bool = False) -> Batch:
@@ -282,55 +285,68 @@ def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", fill
     lengths = [len(r.completion_ids) for r in rollouts]
     if min(lengths) == 0 or min(len(r.problem.prompt_ids) for r in rollouts) == 0:
         raise ValueError("a row needs at least one prompt token and one completion token")
-
-    def pad(rows: list, dtype: torch.dtype | None = None) -> Tensor:
-        out = torch.zeros(len(rows), max(lengths), dtype=dtype)
-        for b, row in enumerate(rows):
-            out[b, : len(row)] = torch.as_tensor(row, dtype=out.dtype)
-        return out.to(device)
-
-    completion_mask = pad([[not filler] * length for length in lengths], torch.bool)
-    expert_mask = pad([[True] * r.num_expert_tokens for r in rollouts], torch.bool)
+    line, place = lay_out([(r.problem.prompt_ids, r.completion_ids) for r in rollouts], device)
+    tokens = np.zeros((2, sum(lengths)), np.float32)
+    for r, end, length in zip(rollouts, np.cumsum(lengths), lengths, strict=True):
+        sampled, old = tokens[:, end - length : end]
+        sampled[r.num_expert_tokens :][: len(r.sampler_logprobs)] = r.sampler_logprobs
+        old[:] = math.nan if r.old_logprobs is None else r.old_logprobs
     prefix = [r.advantage if r.prefix_advantage is None else r.prefix_advantage for r in rollouts]
-    rewards, advantages, prefix, taught = torch.tensor(
-        [[r.reward for r in rollouts], [r.advantage for r in rollouts], prefix, [r.taught for r in rollouts]],
-        device=device,
-    )
-    unknown = [math.nan] * max(lengths)
+    rows = [(r.reward, r.advantage, p, r.taught, r.num_expert_tokens) for r, p in zip(rollouts, prefix, strict=True)]
+    floats = torch.from_numpy(np.concatenate([tokens.ravel(), np.array(rows, np.float32).ravel()])).to(device)
+    sampled, old = floats[: tokens.size].view(2, -1)
+    rewards, advantages, prefix, taught, num_expert = floats[tokens.size :].view(-1, 5).T
+
+    def pad(values: Tensor) -> Tensor:
+        return values.new_zeros(len(rollouts), max(lengths)).index_put_(place, values)
+
+    completion_mask = pad(torch.full_like(sampled, not filler, dtype=torch.bool))
+    expert_mask = torch.arange(max(lengths), device=device) < num_expert[:, None]
     return Batch(
         rollouts=rollouts,
-        prompt_ids=[r.problem.prompt_ids for r in rollouts],
         lengths=lengths,
-        completion_ids=pad([r.completion_ids for r in rollouts], torch.long),
+        completion_ids=pad(line[-1]),
         completion_mask=completion_mask,
         expert_mask=expert_mask,
         policy_mask=completion_mask & ~expert_mask,
-        old_logprobs=pad([unknown if r.old_logprobs is None else r.old_logprobs for r in rollouts]),
-        sampler_logprobs=pad([[0.0] * r.num_expert_tokens + r.sampler_logprobs for r in rollouts]),
+        old_logprobs=pad(old),
+        sampler_logprobs=pad(sampled),
         rewards=rewards,
         advantages=advantages,
         token_advantages=torch.where(expert_mask, prefix[:, None], advantages[:, None]),
         taught=taught.bool(),
+        line=line,
+        place=place,
     )
 
 
-def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
-    """Rows by length, filled up to a budget of prompt + completion tokens, 0: ours (collective).
+def bare(rollout: Rollout) -> Rollout:
+    """What an update needs of a row, in arrays: so it goes to another rank."""
+    problem = Problem(rollout.problem.id, "", np.array(rollout.problem.prompt_ids, np.int32), "", None)
+    ids, logprobs = np.array(rollout.completion_ids, np.int32), np.array(rollout.sampler_logprobs, np.float32)
+    return replace(rollout, problem=problem, completion_ids=ids, sampler_logprobs=logprobs, text="", parts={})
 
-    Every rank gets the same number, some of them fillers; none if no rank has a row.
+
+def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
+    """Rows as plan deals them, under a budget of prompt + completion tokens, 0: ours (collective).
+
+    A row moves to the rank that updates it. Every rank gets the same number, fillers where rows are
+    too few; none if no rank has a row.
     """
-    filled, used, max_tokens = [], 0, max_tokens or (2**11 if world.device.type == "cpu" else 2**14)
-    for rollout in sorted(rollouts, key=lambda r: len(r.problem.prompt_ids) + len(r.completion_ids)):
-        size = len(rollout.problem.prompt_ids) + len(rollout.completion_ids)
-        if not filled or used + size > max_tokens:
-            filled, used = [*filled, []], 0
-        filled[-1].append(rollout)
-        used += size
-    count = torch.tensor(len(filled), device=world.device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    max_tokens = max_tokens or (2**11 if world.device.type == "cpu" else 2**14)
+    sizes = gather([[len(r.problem.prompt_ids) + len(r.completion_ids) for r in rollouts]], world)
+    steps = plan(sum(sizes, []), world.size, max_tokens)
+    own = dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))
+    dealt = [[i for step in steps for i in step[rank] if i in own] for rank in range(world.size)]
+    leaving = [{} if rank == world.rank else {i: bare(own[i]) for i in part} for rank, part in enumerate(dealt)]
+    here, batches = own.copy(), []
+    for part in exchange(leaving, world):
+        here |= part
     blank = Rollout(Problem("filler", "", [0], "", None), [0])
-    fillers = [make_batch([blank], world.device, filler=True) for _ in range(int(count) - len(filled))]
-    return [make_batch(rows, world.device) for rows in filled] + fillers
+    for numbers in (step[world.rank] for step in steps):
+        batch = make_batch([here[i] for i in numbers] or [blank], world.device, filler=not numbers)
+        batches.append(replace(batch, numbers=numbers, own=own))
+    return batches
 
 
 class Counts(NamedTuple):
@@ -355,27 +371,9 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float, entropy_gra
 
     Temperature divides the logits as in the sampler. The entropy has a gradient only if asked for.
     """
-    ids, device = batch.completion_ids, batch.completion_ids.device
-    prompts, lengths = torch.tensor([len(p) for p in batch.prompt_ids]), torch.tensor(batch.lengths)
-    ends = (prompts + lengths).cumsum(0)  # where each row ends in the packed line
-    row, column = (torch.arange(ids.shape[1]) < lengths[:, None]).nonzero(as_tuple=True)
-    predict = (ends - lengths)[row] + column - 1  # completion token t is predicted at the position before its own
-    lines = [
-        torch.cat([ids.new_tensor(p), c[:n]]) for p, c, n in zip(batch.prompt_ids, ids, batch.lengths, strict=True)
-    ]
-    row, column = row.to(device), column.to(device)
-    logprobs, entropy = policy(
-        torch.cat(lines)[None],
-        torch.cat([torch.arange(len(line)) for line in lines])[None].to(device),
-        torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
-        [len(line) for line in lines],
-        predict.to(device),
-        ids[row, column],
-        temperature,
-        entropy_grad,
-    )
-    empty = logprobs.new_zeros(ids.shape)
-    return empty.index_put((row, column), logprobs), empty.index_put((row, column), entropy)
+    logprobs, entropy = policy(*batch.line, temperature, entropy_grad)
+    empty = logprobs.new_zeros(batch.completion_ids.shape)
+    return empty.index_put(batch.place, logprobs), empty.index_put(batch.place, entropy)
 
 
 @torch.no_grad()
@@ -389,26 +387,29 @@ def old_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
     return torch.where(batch.old_logprobs.isnan(), logprobs.detach(), batch.old_logprobs)
 
 
-def keep_old_logprobs(batch: Batch, logprobs: Tensor) -> None:
-    """Write log-probabilities (B, T) into the rollouts of a batch."""
-    logprobs = logprobs.detach().cpu()
-    for row, rollout in enumerate(batch.rollouts):
-        rollout.old_logprobs = logprobs[row, : batch.lengths[row]]
+def keep_old_logprobs(batch: Batch, logprobs: Tensor, world: World) -> None:
+    """Write log-probabilities (B, T) into the rollouts of a batch, on their ranks (collective)."""
+    rows = logprobs.detach().cpu()
+    found = {i: row[:length].clone() for i, row, length in zip(batch.numbers, rows, batch.lengths, strict=False)}
+    for part in gather([found], world):
+        for i in part.keys() & batch.own.keys():
+            batch.own[i].old_logprobs = part[i]
 
 
 def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: World) -> None:
     """Store the policy's log-probabilities in the rollouts, before several updates (collective)."""
     for batch in microbatches(rollouts, cfg.run.tokens_per_microbatch, world):
-        keep_old_logprobs(batch, reference_logprobs(policy, batch, cfg.temperature))
+        keep_old_logprobs(batch, reference_logprobs(policy, batch, cfg.temperature), world)
 
 
 def log_update(log: RunLog, metrics: dict[str, Tensor], batch: Batch, logprobs: Tensor, updates: int) -> None:
     """Log a micro-batch's metrics as means over updates, and how far sampler and trainer differ."""
     log.add(batch.rollouts, **{k: v / updates for k, v in metrics.items()}, trained_tokens=batch.completion_mask.sum())
-    gap = (old_logprobs(batch, logprobs) - batch.sampler_logprobs)[batch.policy_mask].exp()
-    log.add_mean("sampler_ratio", gap.tolist())
-    log.add_mean("sampler_ratio_off", ((gap - 1).abs() > 0.1).tolist())
-    log.add(sampler_ratio_max=gap.max().item() if len(gap) else 0.0)
+    mask = batch.policy_mask
+    gap = torch.where(mask, old_logprobs(batch, logprobs) - batch.sampler_logprobs, -math.inf).exp()
+    log.add_mean("sampler_ratio", gap, mask)
+    log.add_mean("sampler_ratio_off", (gap - 1).abs() > 0.1, mask)
+    log.add(sampler_ratio_max=gap.max())
 
 
 # What a method file uses of core/ is handed on here, so that it imports this module alone.

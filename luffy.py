@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
                 loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts)
                 loss.backward()
                 common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
-                log.add_mean("expert_probability", logprobs.detach()[batch.expert_mask].exp().tolist())
+                log.add_mean("expert_probability", logprobs.detach().exp(), batch.expert_mask)
             norm = common.clip_gradients(policy.parameters(), cfg.run.grad_clip)
             log.set(grad_norm=norm)
             optimizer.step()

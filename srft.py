@@ -131,7 +131,7 @@ def entropy_of_update(cfg: Config, policy, rows: list, counts: common.Counts, wo
     """H of the scope batch: the mean over an update's tokens, in a pass before it (collective)."""
     total = torch.zeros((), device=world.device)
     for batch in common.microbatches(rows, cfg.run.tokens_per_microbatch, world):
-        total += common.token_logprobs(policy, batch, cfg.temperature)[1][batch.completion_mask].sum()
+        total += common.token_logprobs(policy, batch, cfg.temperature)[1].where(batch.completion_mask, 0.0).sum()
     return common.all_sum(total, world).item() / max(counts.policy + counts.expert, 1)
 
 
@@ -203,7 +203,7 @@ def main(cfg: Config) -> None:
                 loss, metrics = loss_fn(cfg, batch, logprobs, entropy, ref_logprobs, counts, H)
                 loss.backward()
                 common.log_update(log, metrics, batch, logprobs, cfg.updates_per_step)
-                log.add_mean("expert_probability", logprobs.detach()[batch.expert_mask].exp().tolist())
+                log.add_mean("expert_probability", logprobs.detach().exp(), batch.expert_mask)
             norm = common.clip_gradients(policy.parameters(), cfg.run.grad_clip)
             log.set(grad_norm=norm)
             optimizer.step()

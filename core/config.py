@@ -43,6 +43,7 @@ class RunConfig:
     rope_theta: float = 0.0  # rotary base for a longer context, with max_positions; 0: the model's own
     max_positions: int = 0  # window of the model; 0: its own
     tokens_per_microbatch: int = 0  # in one forward; never changes the gradient; 0: 16384, and 2048 on a CPU
+    lora_rank: int = 0  # train adapters of this rank on frozen weights, at ten times the lr; 0: all weights
     checkpoint_activations: bool = True  # recompute layers in the backward: a quarter of the memory, a third more time
     # optimizer
     weight_decay: float = 0.01  # AdamW
@@ -107,8 +108,9 @@ def parse(config: type) -> object:
     cfg = tyro.cli(config, default=with_flags(config(), taken), **options)
     cfg = with_flags(cfg, {"resume": flags["resume"]}) if "resume" in flags else cfg
     changed = {k: f"--{k} {v!r} instead of {taken[k]!r}" for k, v in flat(cfg).items() if v != taken.get(k, v)}
-    if flags.get("resume") and resolve_model(cfg.run.model) != resolve_model(taken["model"]):
-        fail(f"--resume {flags['resume']}: {changed['model']}; another model needs a run of its own")
+    for name, same in {"model": resolve_model, "lora_rank": int}.items() if flags.get("resume") else ():
+        if name in changed and same(flat(cfg)[name]) != same(taken[name]):
+            fail(f"--resume {flags['resume']}: {changed[name]}; another {name} needs a run of its own")
     if flags.get("resume") and changed:
         print0(f"from now on {', '.join(changed.values())}")
     used = {k: v for k, v in taken.items() if flat(cfg)[k] == v and k not in ("data", "test_data")}

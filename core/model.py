@@ -1,13 +1,19 @@
 """The policy: any Hugging Face causal LM behind one packed forward, sharded with FSDP2."""
 
 import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -20,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
 from core.memory import announce
-from core.processes import World, fail, first_line, print0
+from core.processes import World, all_sum, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 transformers.logging.set_verbosity_error()
@@ -70,8 +76,8 @@ def window(run: RunConfig) -> float:
 
 
 def load_model(run: RunConfig, dtype=torch.float32, attention="packed", empty=False) -> transformers.PreTrainedModel:
-    """A Hugging Face causal LM on the CPU; empty: its shapes alone, on the meta device. sdpa: or
-    eager, where it has no other that is right.
+    """A Hugging Face causal LM on the CPU; empty: its shapes alone, on the meta device. packed: to
+    be trained, with --lora_rank. sdpa: or eager, where it has no other that is right.
     """
     folder, config = resolve_model(run.model), load_config(run)
     if attention == "sdpa":  # which would leave out a soft cap without a word
@@ -80,22 +86,30 @@ def load_model(run: RunConfig, dtype=torch.float32, attention="packed", empty=Fa
     try:
         if empty:
             with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(**options)
-        options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+                model = transformers.AutoModelForCausalLM.from_config(**options)
+        else:
+            options |= {"use_safetensors": True, "trust_remote_code": False}  # nothing of a folder is run
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {run.model}: no model could be loaded from {folder} ({first_line(error)})")
     except KeyError:  # of a table of its own
         fail(f"--model {run.model}: {config.model_type} lets nobody replace its attention, so rows cannot be packed")
-    if broken := broken_weight(model):
+    if broken := "" if empty else broken_weight(model):
         fail(f"--model {run.model}: the weight {broken} in {folder} holds a number that is not finite")
-    return model
+    return add_lora(model, run) if attention == "packed" and run.lora_rank else model
 
 
 def broken_weight(model: nn.Module) -> str:
     """The first weight with a number that is not finite, as far as this rank holds it, or ""."""
     local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
     return next((name for name, p in local if not p.isfinite().all()), "")
+
+
+def frozen_bits(model: nn.Module, world: World) -> int:
+    """The sum of the bits of all frozen weights, alike on any number of ranks (collective)."""
+    frozen = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if not p.requires_grad)
+    bits = (local.float().view(torch.int32).sum(dtype=torch.int64) for local in frozen)
+    return int(all_sum(sum(bits, torch.zeros((), dtype=torch.int64, device=world.device)), world))
 
 
 def load_policy(run: RunConfig, world: World, dtype=torch.float32) -> "Policy":
@@ -107,10 +121,14 @@ def load_policy(run: RunConfig, world: World, dtype=torch.float32) -> "Policy":
     return policy
 
 
-def load_reference(run: RunConfig, policy: "Policy", world: World) -> "Policy":
-    """A frozen copy of the model of a run; on CUDA in bf16, as which it computes (collective)."""
+def load_reference(run: RunConfig, policy: "Policy", world: World) -> Callable:
+    """What is called as the policy, but frozen at the model of a run: the policy itself with LoRA
+    off where no more is trained, else a copy, on CUDA in bf16, as which it computes (collective).
+    """
+    if lora_weights(policy) and policy.model.name_or_path == resolve_model(run.model):
+        return partial(without_lora, policy)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return load_policy(run, world, dtype).requires_grad_(False)
+    return load_policy(replace(run, lora_rank=0), world, dtype).requires_grad_(False)
 
 
 LIMITS = {"cpu": 1e-3, "cuda": 0.25}  # nats a token in fp32 and bf16, ten and three times what rounding makes
@@ -193,8 +211,7 @@ def packed_attention(
     return torch.cat(out, dim=1), None
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+transformers.AttentionInterface.register("packed", packed_attention)  # without a mask function: none is made
 
 
 class Fp32Logits(torch.autograd.Function):
@@ -270,14 +287,49 @@ class Policy(nn.Module):
         return logprobs, entropy
 
 
+# LoRA ---------------------------------------------------------------------------------------------
+def add_lora(model: transformers.PreTrainedModel, run: RunConfig) -> transformers.PreTrainedModel:
+    """W + (32 / rank) B A in every linear layer but the head, B = 0 at first. Hu et al. 2021
+    (2106.09685), by peft; the 32 of Schulman et al. 2025, with which no rank needs its own lr.
+    What is not LoRA's is frozen.
+    """
+    config = peft.LoraConfig("CAUSAL_LM", r=run.lora_rank, lora_alpha=32, target_modules="all-linear")
+    config.base_model_name_or_path = resolve_model(run.model)
+    torch.manual_seed(run.seed)  # of A: the same on every rank and in every copy
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        fail(f"--lora_rank {run.lora_rank}: peft cannot put it on {run.model} ({first_line(error)})")
+    matrices = (name for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1)
+    if left := [n.replace(".base_layer", "") for n in matrices if not re.search(r"\.lora_|\.base_layer\.weight$", n)]:
+        fail(f"--lora_rank: {left[0]} of {run.model} is in no linear layer, so that LoRA would leave it out")
+    return model
+
+
+def lora_weights(policy: "Policy") -> dict[str, Tensor]:
+    """What is trained, under the names of peft's files, where that is LoRA alone; else nothing."""
+    trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+    named = {f"base_model.model.{name.replace('.default', '')}": p for name, p in trained.items()}
+    return named if all(".lora_" in name for name in trained) else {}
+
+
+def without_lora(policy: "Policy", *rows: object) -> tuple[Tensor, Tensor]:
+    """What the policy gives with its adapter off: what it gave before the first update."""
+    with rescale_adapter_scale(policy.model, 0.0):
+        return policy(*rows)
+
+
 # Sharding -----------------------------------------------------------------------------------------
 def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activations: bool = False) -> Policy:
     """Wrap a model and shard it with FSDP2, each decoder layer and the root. Gradients are summed
     over ranks. All weights and buffers are rank 0's, which hands them out one by one (collective).
 
     Parameters, gradients and Adam moments keep the model's dtype (fp32 masters); on CUDA the
-    compute is bf16.
+    compute is bf16, and so is what is frozen: FSDP asks one dtype of what is trained alone.
     """
+    dtypes = (torch.bfloat16, torch.float32) if world.device.type == "cuda" else ()  # of the forward, of reductions
+    for parameter in (p for p in model.parameters() if dtypes and not p.requires_grad):
+        parameter.data = parameter.data.to(torch.bfloat16)
     weights, buffers = model.state_dict(), dict(model.named_buffers())
     if checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -285,7 +337,6 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
         model.to("meta").tie_weights()
     policy = Policy(model).train()
     mesh = init_device_mesh(world.device.type, (world.size,))
-    dtypes = (torch.bfloat16, torch.float32) if world.device.type == "cuda" else ()  # of the forward, of reductions
     for module in [*model.get_decoder().layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*dtypes))
         module.set_gradient_divide_factor(1.0)  # losses are divided by counts over ranks: gradients add up
@@ -305,11 +356,17 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def named_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights of a policy under their Hugging Face names, one at a time, gathered in a
-    dtype or their own (collective).
+    """The whole weights of a policy, LoRA added, under their Hugging Face names, one at a time,
+    gathered in a dtype or their own (collective).
     """
+    layers = {f"{n}.base_layer.weight": m for n, m in policy.model.named_modules() if isinstance(m, LoraLayer)}
     for name, parameter in policy.model.named_parameters():
-        yield name, full_tensor(parameter.detach().to(dtype or parameter.dtype))
+        weight = full_tensor(parameter.detach().to(dtype or parameter.dtype))
+        if layer := layers.get(name):
+            a, b = (full_tensor(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+            weight = torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling["default"]).to(dtype or b.dtype)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), weight
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -98,6 +99,18 @@ def gather(values: list, world: World) -> list:
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
+def exchange(parts: list, world: World) -> list:
+    """parts[rank] goes to that rank -> what each has for this one, in their order (collective)."""
+    if world.size == 1:
+        return parts
+    sent = [torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8) for part in parts]
+    sizes = torch.tensor([len(part) for part in sent], device=world.device)
+    dist.all_to_all_single(coming := torch.empty_like(sizes), sizes)
+    found = torch.empty(int(coming.sum()), dtype=torch.uint8, device=world.device)
+    dist.all_to_all_single(found, torch.cat(sent).to(world.device), coming.tolist(), sizes.tolist())
+    return [pickle.loads(part.numpy()) for part in found.cpu().split(coming.tolist())]
+
+
 def once(make: Callable[[], object], same: object = None) -> object:
     """What make returns on rank 0, on every rank: a verdict, for which a clock counts, can differ.
     It ends the run where the ranks do not give the same to begin with (collective).
@@ -170,7 +183,7 @@ def explain(kind: type, error: BaseException, trace: object) -> None:
     """One sentence for a traceback where memory, disk, a package or another rank is missing."""
     said = first_line(error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
-        update = "--tokens_per_microbatch, have --checkpoint_activations"
+        update = "--tokens_per_microbatch, take --checkpoint_activations or --lora_rank,"
         said += f"; lower {update if doing[0] in ('update', 'sft') else '--sampler_memory'} or use more GPUs"
     elif any(s in str(error) for s in ("No space left", "Disk quota", "File too large", "inline_container")):
         said = "the disk takes no more (full, or a quota); make room, and --resume goes on from the last checkpoint"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as sharded
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.config import flat, read_json, read_settings, resolve_model
-from core.model import Policy, Tokenizer, broken_weight, load_config, named_weights
+from core.config import RunConfig, flat, read_json, read_settings, resolve_model
+from core.model import Policy, Tokenizer, broken_weight, frozen_bits, load_config, lora_weights, named_weights
 from core.processes import ROOT, World, doing, fail, first_line, gather, once, print0, shutdown
 from core.sampler import stop_ids
 
@@ -53,7 +54,7 @@ class RunLog:
 
     def __init__(self, cfg: object, script: str, world: World):
         self.cfg, self.world, self.wandb = cfg, world, None
-        self.totals: dict[str, Tensor | float] = {}
+        self.totals: list[tuple[str, Tensor | float]] = []
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.open_phase, self.samples = ("", 0.0), []
@@ -82,16 +83,20 @@ class RunLog:
             self.check_update(name, self.values[name])
 
     def add(self, rows: list | tuple = (), **terms: Tensor | float) -> None:
-        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's."""
+        """Add to the totals of the step, which are reduced over ranks; rows: a micro-batch's.
+
+        Tensors are read when the update or the step ends; nobody waits for the device before.
+        """
         terms = {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
-        combine(self.totals, terms)
+        self.totals += terms.items()
         if rows:
             ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
             self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
 
     def check_update(self, norm_name: str, norm: float) -> None:
         """End the run before an update that is not finite, or leave it out (collective)."""
-        terms = [(name, float(value), ids) for name, value, ids in self.terms]
+        names, values, ids = zip(*self.terms, strict=True) if self.terms else ((), (), ())
+        terms = zip(names, read(values), ids, strict=True)
         mine = [(not math.isfinite(v), abs(v), f"{k} {v:.3g} on rank {self.world.rank} of {i}") for k, v, i in terms]
         bad, _, largest = max(gather([max(mine, default=(False, 0.0, "not known"))], self.world))
         if math.isfinite(norm) and not bad:
@@ -108,16 +113,16 @@ class RunLog:
         if self.skip:
             optimizer.zero_grad()
 
-    def add_mean(self, name: str, values: list[float]) -> None:
-        """Add to a mean over all values of step and ranks; without any it is not in the line."""
-        self.add(**{f"{name}/sum": float(sum(values)), f"{name}/count": len(values)})
+    def add_mean(self, name: str, values: list[float] | Tensor, mask: Tensor | None = None) -> None:
+        """Add to a mean over values (in a mask) of step and ranks; not in the line without any."""
+        total, count = (sum(values), len(values)) if mask is None else (values.where(mask, 0).sum(), mask.sum())
+        self.add(**{f"{name}/sum": total, f"{name}/count": count})
 
     def step(self, step: int) -> None:
         """Reduce over ranks, print, write to the files, and start anew (collective)."""
         self.phase("")
-        totals: dict[str, float] = {}
-        for part in gather([{name: float(value) for name, value in self.totals.items()}], self.world):
-            combine(totals, part)
+        mine = combine(zip([k for k, _ in self.totals], read([v for _, v in self.totals]), strict=True))
+        totals = combine(term for part in gather([mine], self.world) for term in part.items())
         counts = {name.removesuffix("/count"): n for name, n in totals.items() if name.endswith("/count")}
         line = {"step": step, "loss": 0.0}  # no loss was added when every group was left out
         line |= {name: value for name, value in totals.items() if "/" not in name} | self.values
@@ -164,12 +169,21 @@ class RunLog:
             write_atomic(path, b"".join(line + b"\n" for line in kept).decode())
 
 
-def combine(totals: dict, terms: dict) -> None:
-    """Add terms to totals of the same names; of a name that ends in _max keep the largest."""
-    for name, term in terms.items():
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """Numbers and scalars of the device, which come in one transfer."""
+    found = [value.double() for value in values if isinstance(value, Tensor)]
+    known = iter(torch.stack(found).tolist() if found else [])
+    return [next(known) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def combine(terms: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The sum of the terms of each name; of a name that ends in _max the largest."""
+    totals: dict[str, float] = {}
+    for name, term in terms:
         if name in totals:
             term = max(totals[name], term) if name.endswith("_max") else totals[name] + term
         totals[name] = term
+    return totals
 
 
 def describe_line(line: dict[str, float], steps: int) -> str:
@@ -269,9 +283,11 @@ def describe_run(cfg: object) -> dict:
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-def collect(state: State) -> dict[str, nn.Module | dict]:
-    """What DCP takes: models as they are, the rest under names that no number of ranks changes."""
-    return {name: sharded.get_optimizer_state_dict(*e) if isinstance(e, tuple) else e for name, e in state.items()}
+def collect(state: State, run: RunConfig) -> dict[str, dict]:
+    """What DCP takes, by names that no number of ranks changes; with LoRA no weight of --model."""
+    models = {name: e.state_dict() for name, e in state.items() if not isinstance(e, tuple)}
+    own = {n: {k: w for k, w in found.items() if "lora_" in k or not run.lora_rank} for n, found in models.items()}
+    return own | {n: sharded.get_optimizer_state_dict(*e) for n, e in state.items() if isinstance(e, tuple)}
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -325,6 +341,7 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
     mine = "".join(broken_weight(e) for e in state.values() if isinstance(e, nn.Module))
     if broken := max(gather([mine], log.world)):
         fail(f"step {step}: the weight {broken} is not finite; no checkpoint was written, the last ones are whole")
+    extra |= {"frozen": frozen_bits(state["model"], log.world)}
     if log.world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -332,7 +349,7 @@ def save(log: RunLog, step: int, state: State, **extra: object) -> None:
         (aside / "state.json").write_text(json.dumps({"step": step, **extra}))
     dist.barrier()
     stepped = {name: entry for name, entry in state.items() if not isinstance(entry, tuple) or entry[1].state}
-    dcp.save(collect(stepped), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
+    dcp.save(collect(stepped, log.cfg.run), checkpoint_id=aside)  # torch would step an optimizer that has no state yet
     found = fingerprints(aside, log.world)
     once(lambda: (aside / "manifest.json").write_text(json.dumps(found)))
     if wrong := once(lambda: damage(aside, found)):
@@ -355,7 +372,7 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP's lr, betas ... are pickles too, which could run code
         saved = {key.partition(".")[0] for key in dcp.FileSystemReader(found).read_metadata().state_dict_metadata}
         stepped = {name: entry for name, entry in state.items() if name in saved}
-        loaded = collect(stepped)
+        loaded = collect(stepped, log.cfg.run)
         dcp.load(loaded, checkpoint_id=found)  # and gives the models theirs
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
@@ -363,6 +380,8 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         extra = json.loads((found / "state.json").read_text())
         if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
             fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")
+        if extra.get("frozen", 0) != frozen_bits(state["model"], log.world):
+            fail(f"{found} is an adapter of other weights than --model {log.cfg.run.model} now has")
     if extra["step"] > log.cfg.steps:
         fail(f"--resume {log.out}: --steps {log.cfg.steps}, but its last checkpoint is of step {extra['step']}")
     for entry in (entry for entry in state.values() if isinstance(entry, tuple)):
@@ -395,7 +414,7 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
 
 
 def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) -> None:
-    """The model as a Hugging Face folder at final/, in its source's dtype (collective)."""
+    """Hugging Face folder final/, in its source's dtype; LoRA also in adapter/ (collective)."""
     run, final, model = log.cfg.run, log.out / "final", policy.model
     dtype = load_config(run).dtype or torch.float32
     whole, broken = {}, ""  # on rank 0 alone
@@ -404,7 +423,11 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         whole |= {name: tensor.to("cpu", copy=True)} if log.world.rank == 0 else {}
     if broken:
         fail(f"the weight {broken} is not finite as {dtype}; no model was exported, the checkpoints are as they were")
+    adapter = {name: weight.full_tensor().cpu() for name, weight in lora_weights(policy).items()}
     if log.world.rank == 0:
+        if adapter:
+            model.peft_config["default"].save_pretrained(final / "adapter")
+            save_file(adapter, final / "adapter/adapter_model.safetensors")
         generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
         ends = stop_ids(tokenizer, generation)
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]

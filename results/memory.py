@@ -231,6 +231,10 @@ def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bo
     def load_model(run, dtype=torch.float32, *_: object, **__: object) -> transformers.PreTrainedModel:
         with ground("weights"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
+            model.name_or_path = run.model
+            if run.lora_rank:
+                with mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self):  # no fake tensor moves
+                    core.model.add_lora(model, run)
         models.append(model)
         return model
 
@@ -241,7 +245,7 @@ def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bo
     def resume(log, state: dict) -> tuple[int, dict]:
         for _, optimizer in (part for part in state.values() if isinstance(part, tuple)):
             with ground("Adam"):  # its moments, as a checkpoint brings them
-                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -281,6 +285,7 @@ def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bo
         (common, "shard", shard),
         (core.model, "shard", shard),
         (core.model, "announce", lambda *args: None),
+        (core.model, "resolve_model", lambda name: name),
         (core.model, "load_config", lambda run: config),
         (core.model, "check_packing", lambda *args: None),
         (core.model, "init_device_mesh", lambda *args, **kwargs: mesh),

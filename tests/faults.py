@@ -35,7 +35,7 @@ METHODS = "grpo bread relift bridge uft sft luffy dapo prefix_rft iw_sft".split(
 SMALL = "--model tiny --test_data= --steps 4 --problems_per_step 6 --save_every 2 --lr 2e-5".split()
 GENTLE = {
     "relift": ["--sft_lr", "2e-5"],
-    "bridge": ["--lora_lr", "2e-5"],
+    "bridge": ["--adapter_lr", "2e-5"],
     "sft": ["--lr", "2e-4"],
 }  # sft.py's rate falls
 LONG = ["--problems_per_step", "48", "--group_size", "16"]  # steps in which a second signal finds the run

@@ -31,16 +31,20 @@ METHOD = "test_defaults test_pages test_method_losses test_method_updates test_l
 WHERE = {  # the tests that could see a line of a file, the quick ones first; FILE:EXPRESSION is with -k EXPRESSION
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
+    "core/packing.py": "test_packing test_gradients",
     "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
-    "core/records.py": "test_log test_damage:found-or-file test_trust:finite-or-move-or-collapse test_methods:saving "
+    "core/records.py": "test_log test_lora:resume-or-sft test_damage:found-or-file "
+    "test_trust:finite-or-move-or-collapse test_methods:saving "
     "test_damage test_trust test_resume test_gradients test_sampler",
-    "core/model.py": "test_trust:nan test_damage:safetensors test_packing test_architectures test_losses test_sampler "
+    "core/model.py": "test_trust:nan test_lora test_damage:safetensors test_packing test_architectures test_losses "
+    "test_sampler "
     "test_gradients test_methods:grpo test_ready",
     "core/engines.py": "test_ready:engine",
     "core/memory.py": "test_bench:start-or-adapter",
     "core/rewards.py": "test_rewards",
     "core/sampler.py": "test_sampler test_methods:grpo",
-    "core/config.py": "test_damage:file test_scripts test_trust:resume test_faults:command test_defaults: "
+    "core/config.py": "test_lora:resume test_damage:file test_scripts test_trust:resume test_faults:command "
+    "test_defaults: "
     "test_skeleton",
     "core/processes.py": "test_damage:memory-or-full test_packing test_gradients test_trust test_resume "
     "test_method_updates:grpo-or-two_ranks: test_dapo test_ready:rank-or-card",
@@ -49,7 +53,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/answers.py": "test_verifier test_fuzz",
     "eval.py": "test_eval",
     "grpo.py": METHOD + " test_losses test_gradients",
-    "bridge.py": "test_defaults test_bridge test_methods",
+    "bridge.py": "test_defaults test_lora:bridge test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
     "iw_sft.py": "test_defaults test_iw_sft test_losses test_pages test_methods",
     "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods test_gradients",
@@ -63,6 +67,22 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
 BY_METHOD = METHOD.replace("test_log ", "")  # of these test files only what has the method's name
 
 MUTATIONS = [  # (file, the line as it is, wrong)
+    # LoRA
+    ("core/model.py", 'b, a, alpha=layer.scaling["default"])', "b, a)"),
+    ("core/model.py", "rescale_adapter_scale(policy.model, 0.0)", "rescale_adapter_scale(policy.model, 1.0)"),
+    ("core/model.py", "if dtypes and not p.requires_grad)", "if dtypes and p.requires_grad)"),
+    ("core/model.py", 'if all(".lora_" in name for name in trained) else {}', "if trained else {}"),
+    ("core/model.py", "and policy.model.name_or_path == resolve_model(run.model):", ":"),
+    ("core/model.py", r"\.lora_|\.base_layer\.weight$", r"\.lora_|base_layer"),
+    ("core/records.py", 'if "lora_" in k or not run.lora_rank}', 'if "lora_A" in k or not run.lora_rank}'),
+    ("core/records.py", 'extra.get("frozen", 0) != frozen_bits(state["model"], log.world)', "False"),
+    ("core/config.py", '"lora_rank": int}.items()', "}.items()"),
+    ("bridge.py", ' and ".lora_" not in name:', ":"),
+    (
+        "bridge.py",
+        "named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]",
+        "named = list(policy.named_parameters())",
+    ),
     # what is sampled
     ("grpo.py", "(cfg.run.seed, step, 0),", "(cfg.run.seed, 0, 0),"),
     ("luffy.py", "(cfg.run.seed, step, 0),", "(0, step, 0),"),
@@ -231,7 +251,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "torch.tensor([total - expert, expert, len(rollouts) - whole, whole])",
         "torch.tensor([total, expert, len(rollouts) - whole, whole])",
     ),
-    ("common.py", "predict = (ends - lengths)[row] + column - 1", "predict = (ends - lengths)[row] + column"),
+    ("core/packing.py", "predict = (ends - lengths)[row] + column - 1", "predict = (ends - lengths)[row] + column"),
     ("common.py", "if not (r.num_expert_tokens or r.problem.hinted)", "if not r.problem.hinted"),
     (
         "core/data.py",
@@ -441,8 +461,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("common.py", "ratio.clamp(max=cap)", "ratio"),
     (
         "common.py",
-        "pad([[not filler] * length for length in lengths], torch.bool)",
-        "pad([[not filler and i != 0 for i in r.completion_ids] for r in rollouts], torch.bool)",
+        "pad(torch.full_like(sampled, not filler, dtype=torch.bool))",
+        "pad((line[-1] != 0) & (not filler))",
     ),
     (
         "core/sampler.py",
@@ -480,9 +500,9 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "zip(*(x.split([sum(row_lengths)], dim=2) for x in (query, key, value)), strict=True)",
     ),
     (
-        "common.py",
-        "torch.cat([torch.arange(len(line)) for line in lines])[None].to(device)",
-        "torch.arange(sum(map(len, lines)))[None].to(device)",
+        "core/packing.py",
+        "position = np.arange(len(ids)) - (ends - sizes).repeat(sizes)",
+        "position = np.arange(len(ids))",
     ),
     (
         "core/data.py",
@@ -499,7 +519,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "        if mine:\n            raise RuntimeError",
         "        if False:\n            raise RuntimeError",
     ),
-    ("common.py", "((gap - 1).abs() > 0.1).tolist()", "((gap - 1) > 0.1).tolist()"),
+    ("common.py", "(gap - 1).abs() > 0.1, mask)", "(gap - 1) > 0.1, mask)"),
     (
         "core/model.py",
         "def load_model(run: RunConfig, dtype=torch.float32, attention",
@@ -519,8 +539,25 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "    return found[world.rank :: world.size]",
         "    return found[: len(found[world.rank :: world.size])]",
     ),
-    ("common.py", "for _ in range(int(count) - len(filled))]", "for _ in range(0)]"),
-    ("common.py", "completion_mask = pad([[not filler] * length", "completion_mask = pad([[True] * length"),
+    (
+        "common.py",
+        "for numbers in (step[world.rank] for step in steps):",
+        "for numbers in (step[world.rank] for step in steps if step[world.rank]):",
+    ),
+    ("common.py", "torch.full_like(sampled, not filler, dtype", "torch.full_like(sampled, True, dtype"),
+    # which rank updates a row
+    ("core/packing.py", "if used and used + sizes[i] > budget:", "if used + sizes[i] > 2 * budget:"),
+    ("core/packing.py", "heapq.heapreplace(emptiest, (used + sizes[i], b))", "emptiest.append(emptiest.pop(0))"),
+    (
+        "core/packing.py",
+        "    filled.sort(key=lambda rows: -sum(sizes[i]",
+        "    sorted(filled, key=lambda rows: -sum(sizes[i]",
+    ),
+    ("core/packing.py", "key=lambda i: -sizes[i]):", "key=lambda i: sizes[i]):"),
+    ("common.py", "batch.own[i].old_logprobs = part[i]", "batch.rollouts[0].old_logprobs = part[i]"),
+    ("common.py", "dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))", "dict(enumerate(rollouts))"),
+    ("common.py", "batch.sampler_logprobs, -math.inf).exp()", "batch.sampler_logprobs, 0.0).exp()"),
+    ("core/records.py", "values.where(mask, 0).sum()", "values.sum()"),
     (
         "grpo.py",
         "ratio = torch.exp(torch.where(batch.policy_mask, logprobs - old_logprobs, 0.0))",

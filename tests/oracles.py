@@ -119,7 +119,9 @@ def rearrange(c: Case, order: list[int], columns: int = 0) -> Case:
 
     def move(x: object) -> object:
         if isinstance(x, list):
-            return [x[i] for i in order]
+            return [x[i] for i in order if x]
+        if not isinstance(x, torch.Tensor):  # the line, whose order is no matter of a loss
+            return x
         return F.pad(x[order], (0, columns)) if x.ndim == 2 else x[order]
 
     fields = {f.name: getattr(c.batch, f.name) for f in dataclasses.fields(c.batch)}

@@ -33,7 +33,7 @@ if __name__ == "__main__":
         assert tied == (policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight)
     elif what == "slow":
         processes.doing[:] = ("update", "rollouts")[world.rank], time.perf_counter()
-        time.sleep(4 * world.rank)
+        time.sleep(8 * world.rank)
     elif world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     common.all_sum(torch.ones(1), world)

@@ -89,10 +89,11 @@ def main(patch, hat=None, groups=None, filled=True, dtype=torch.float64, policy=
     The models that it loads, in order: the policy, the shadow where there is one, the reference.
     """
     patch.setattr(bridge, "add_adapter", filled_adapter if filled else ADD_ADAPTER)
-    flags = {"lora_rank": 4, "lora_alpha": 8.0, "tis_cap": 0.0, "sft_problems_per_step": 4, "shadow": "persist"} | flags
+    flags = {"adapter_rank": 4, "adapter_alpha": 8.0, "shadow": "persist"} | flags
+    flags = {"tis_cap": 0.0, "sft_problems_per_step": 4} | flags
     models = [policy or random_model("qwen2", 0, dtype), hat or shadow_model(dtype=dtype)]
     models = [*models, random_model("qwen2", 2, dtype)]
-    models = models if flags.get("meta", True) and flags["lora_rank"] else [models[0], models[2]]
+    models = models if flags.get("meta", True) and flags["adapter_rank"] else [models[0], models[2]]
     return one_step(bridge, models, groups or fixed_groups(), **flags)
 
 
@@ -170,15 +171,15 @@ def test_one_step_shadow(lam, grad_clip, world, monkeypatch):
     assert lines[0]["shadow_ratio_max"] == pytest.approx((torch.cat(now) - torch.cat(old)).exp().max().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("lora_lr", [1e-2, 0.0])
-def test_rates(lora_lr, world, monkeypatch):
+@pytest.mark.parametrize("adapter_lr", [1e-2, 0.0])
+def test_rates(adapter_lr, world, monkeypatch):
     """Warmed up: theta and shadow move by lr, w by its own rate, or by lr where that is 0."""
     models = [random_model("qwen2"), random_model("qwen2")]
     start = dict(filled_adapter(random_model("qwen2")).named_parameters())
-    main(monkeypatch, models[1], policy=models[0], warmup_steps=4, lr=1e-3, lora_lr=lora_lr)
+    main(monkeypatch, models[1], policy=models[0], warmup_steps=4, lr=1e-3, adapter_lr=adapter_lr)
     for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         mine, theirs = ((common.full_tensor(p) - start[name].detach()).abs().max().item() for p in (mine, theirs))
-        rate = lora_lr if "lora_" in name else 0.0
+        rate = adapter_lr if "lora_" in name else 0.0
         assert mine == pytest.approx((rate or 1e-3) / 4, rel=0.05), name
         assert theirs == pytest.approx(0.0 if "lora_" in name else 1e-3 / 4, rel=0.05), name
 
@@ -216,21 +217,21 @@ def test_a_step_without_rows_is_sft(shadow, world, monkeypatch):
     assert "shadow_kl" not in line
 
 
-@pytest.mark.parametrize("flags", [{"meta": False}, {"lora_rank": 0}])
+@pytest.mark.parametrize("flags", [{"meta": False}, {"adapter_rank": 0}])
 @pytest.mark.parametrize("shadow", ["one_step", "persist"])
 def test_no_shadow_is_loaded(flags, shadow, world):
     """Without the gain or without an adapter main loads the policy and the reference alone."""
-    flags = {"lora_rank": 4, "sft_problems_per_step": 4, "kl_coef": 0.1, "shadow": shadow} | flags
+    flags = {"adapter_rank": 4, "sft_problems_per_step": 4, "kl_coef": 0.1, "shadow": shadow} | flags
     _, (line,) = one_step(bridge, [random_model("qwen2") for _ in range(2)], fixed_groups(), **flags)
     assert not any("shadow" in name or "gain" in name for name in line) and line["kl"] == 0
 
 
 def test_at_the_ends_it_is_grpo_and_sft(world, monkeypatch):
     """Bit for bit: lam 1 without an adapter and the shadow are grpo.py, lam 0 is sft.py."""
-    flags = {"lora_rank": 0, "filled": False, "dtype": torch.float32}
+    flags = {"adapter_rank": 0, "filled": False, "dtype": torch.float32}
     wanted = one_step(grpo, [random_model("qwen2")], fixed_groups(), tis_cap=0.0)[0][0]
     for shadow in ("persist", "one_step"):  # a fresh adapter adds nothing
-        found = main(monkeypatch, random_model("qwen2"), lam=1.0, shadow=shadow, **flags | {"lora_rank": 4})[0]
+        found = main(monkeypatch, random_model("qwen2"), lam=1.0, shadow=shadow, **flags | {"adapter_rank": 4})[0]
         assert all(torch.equal(f, w) for mine in found[:2] for f, w in zip(mine, wanted, strict=True))
     theta, _ = main(monkeypatch, lam=1.0, **flags)[0]
     assert all(torch.equal(t, w) for t, w in zip(theta, wanted, strict=True))
@@ -273,19 +274,18 @@ def test_shadow_backward(budget, world):
     _, old = surrogate(common.Policy(random_model("qwen2", 0, torch.float64)), groups)
     for row, logprobs in zip(rows, old, strict=True):
         row.old_logprobs = logprobs
-    shadow, copy, found = *(common.Policy(shadow_model(0.1)) for _ in range(2)), {}
-    log = SimpleNamespace(add=lambda **terms: core.records.combine(found, terms))
+    shadow, copy, added = *(common.Policy(shadow_model(0.1)) for _ in range(2)), []
+    log = SimpleNamespace(add=lambda **terms: added.extend(terms.items()))
     bridge.shadow_backward(cfg, log, shadow, reference, rows, common.count(rows, world), world)
     j_rl, now = surrogate(copy, groups, old, reference, 0.2, 3.0)
     assert_close([p.grad for p in shadow.parameters()], torch.autograd.grad(-j_rl, list(copy.parameters())))
-    far = torch.cat(old) - torch.cat(now)
+    far, found = torch.cat(old) - torch.cat(now), core.records.combine(added)
     assert found["surrogate_gain"].item() == pytest.approx(-j_rl.item(), rel=1e-6)
     assert found["shadow_kl"].item() == pytest.approx(far.mean().item(), rel=1e-5)
     assert found["shadow_ratio_max"].item() == pytest.approx((-far).exp().max().item(), rel=1e-5)
     assert 0 < found["shadow_clip_fraction"] < 1 and all(p.grad is None for p in reference.parameters())
-    before = dict(found)
     bridge.shadow_backward(cfg, log, shadow, reference, [], common.count([], world), world)
-    assert found == before
+    assert core.records.combine(added) == found
 
 
 @pytest.mark.parametrize("cap", [3.0, 1.5, 0.0])
@@ -374,11 +374,11 @@ def test_merged_weights(architecture, world):
     assert all(torch.equal(weight, merged[name]) for name, weight in bridge.merged_weights(policy))
 
 
-@pytest.mark.parametrize("flags", [["--no-meta"], ["--lora_rank", 0], ["--shadow", "persist"]])
+@pytest.mark.parametrize("flags", [["--no-meta"], ["--adapter_rank", 0], ["--shadow", "persist"]])
 def test_resume_with_and_without_a_shadow(flags, tmp_path, world):
     """Two steps and two are four, bit for bit; no shadow is in a checkpoint of a run without."""
     sizes = "--model tiny --test_data= --steps 4 --save_every 2 --problems_per_step 3 --group_size 2 --lr 1e-3".split()
-    sizes += "--sft_problems_per_step 3 --lora_rank 4 --entropy_coef 0.1 --max_completion_tokens 80".split()
+    sizes += "--sft_problems_per_step 3 --adapter_rank 4 --entropy_coef 0.1 --max_completion_tokens 80".split()
     train("bridge", *sizes, *flags, "--out", tmp_path)
     straight, weights = read_metrics(tmp_path), load_file(tmp_path / "final/model.safetensors")
     first, last = core.records.complete_checkpoints(tmp_path)

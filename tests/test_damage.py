@@ -309,7 +309,7 @@ def test_wandb_that_is_not_installed(tmp_path):
     ("phase", "flags"),
     [
         ("rollouts", "lower --sampler_memory or use more GPUs"),
-        ("update", "lower --tokens_per_microbatch, add --checkpoint_activations or use more GPUs"),
+        ("update", "lower --tokens_per_microbatch, take --checkpoint_activations or --lora_rank, or use more GPUs"),
         ("loading", "lower --sampler_memory or use more GPUs"),
     ],
 )

@@ -105,11 +105,11 @@ def expected(world):
     }
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """The same on two ranks in small micro-batches."""
+@pytest.fixture(scope="module", params=[2, 3])
+def on_ranks(request, tmp_path_factory):
+    """The same on several ranks in small micro-batches, to which rows move."""
     file = tmp_path_factory.mktemp("gradients") / "found.pt"
-    run_script("tests/update_worker.py", "test_gradients", str(file), nproc=2, timeout=200)
+    run_script("tests/update_worker.py", "test_gradients", str(file), nproc=request.param, timeout=200)
     return torch.load(file)
 
 
@@ -136,9 +136,9 @@ def test_any_microbatch_size_and_order(case, budget, expected):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks(case, split, expected, on_two_ranks):
+def test_ranks(case, split, expected, on_ranks):
     """Unequal numbers of micro-batches, or a rank without any row, do not change the result."""
-    assert_same(on_two_ranks[case, split], expected[case, split])
+    assert_same(on_ranks[case, split], expected[case, split])
 
 
 def test_the_cases_are_off_policy(expected):
@@ -228,9 +228,9 @@ def test_every_coefficient_is_live(flag, one, two, world):
     assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) > 1e-4
 
 
-def test_clip_norm_is_of_the_whole_gradient(expected, on_two_ranks):
+def test_clip_norm_is_of_the_whole_gradient(expected, on_ranks):
     """The norm in the log is that of the gradient over all shards, summed over all ranks."""
-    for found in (expected["token", "uneven"], on_two_ranks["token", "uneven"]):
+    for found in (expected["token", "uneven"], on_ranks["token", "uneven"]):
         (gradients,), (line,) = found
         assert line["grad_norm"] == pytest.approx(sum(g.square().sum().item() for g in gradients) ** 0.5, rel=1e-9)
 

@@ -92,7 +92,8 @@ class Log:
     def add(self, *rows, **terms):
         self.terms |= terms
 
-    def add_mean(self, name, values):
+    def add_mean(self, name, values, mask=None):
+        values = values if mask is None else values[mask]
         self.values.setdefault(name, []).extend(float(value) for value in values)
 
 
@@ -117,6 +118,8 @@ def test_how_far_sampler_and_trainer_differ():
     assert log.values["sampler_ratio"] == pytest.approx([1, 1.05, 0.5], rel=1e-5)
     assert log.values["sampler_ratio_off"] == [0, 0, 1] and log.terms["sampler_ratio_max"] == pytest.approx(1.05)
     assert common.importance_weights(common.make_batch(rows), logprobs, 2.0)[0, :2].tolist() == [1, 1]
+    common.log_update(log, {}, common.make_batch(rows), logprobs - 1, 1)
+    assert log.terms["sampler_ratio_max"] == pytest.approx(1.05 / math.e)  # not the 1 of an expert's token
 
 
 def test_partial_rewards_solve_nothing():

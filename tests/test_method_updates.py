@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import problem, random_model, run_script
 from one_step import one_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import hpt
@@ -40,7 +41,7 @@ TWICE = {
     "sizes": (1, 1, 1, 1),  # of trapo.py
     "lr": 0.01,
     "sft_lr": 0.01,
-    "lora_lr": 0.01,
+    "adapter_lr": 0.01,
     "tis_cap": 2.0,
     "clip_low": 0.2,
     "clip_high": 0.2,
@@ -459,6 +460,34 @@ def test_second_update(method, world):
 
     assert_close(second, wanted(rows, coefficient, policy))
     assert 0 < sum(clipped) < len(clipped) and bool(num_expert) == (method == "chord")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for the device: a scalar is read, a shape hangs on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_nobody_waits_for_the_device_inside_a_microbatch(method, world):
+    """From one micro-batch to the next the device is fed: no number of it is read."""
+    make, seen = common.microbatches, []
+
+    def spy(*args):
+        for batch in make(*args):
+            with NoWaiting(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
+                seen.append(batch)
+                yield batch
+
+    flags = SHEET[method][0] if method in SHEET else {"buffer_size": 1} if method == "relift" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "microbatches", spy)
+        patch.setattr(common, "keep_old_logprobs", lambda *args: None)  # of bridge.py, which sends them to their rank
+        update(method, **flags)
+    assert seen
 
 
 def updates(budget: int = 60) -> dict[tuple[str, int], list[list[torch.Tensor]]]:

@@ -26,7 +26,7 @@ FLAGS = {  # with which four steps on a few problems meet everything that the me
     "relift": [*ONLINE, "--buffer_size", "5", "--sft_lr", "1e-3"],
     "prefix_rft": [*ONLINE, "--prefix_steps", "4", "--advantages", "split"],
     "uft": [*ONLINE, "--hint_steps", "3"],
-    "bridge": [*ONLINE, "--sft_problems_per_step", "4", "--lora_rank", "4", "--lora_lr", "1e-3", "--kl_coef", "0.1"],
+    "bridge": [*ONLINE, *"--sft_problems_per_step 4 --adapter_rank 4 --adapter_lr 1e-3 --kl_coef 0.1".split()],
     "chord": [*ONLINE, "--sft_problems_per_step", "4", "--mu_decay", "4", "--phi"],
     "hpt": ONLINE,
     "trapo": [],
@@ -100,10 +100,10 @@ IDENTITIES = {
         "grpo",
         ALIKE,
     ),
-    "bridge at lambda 1, frozen w": ("bridge", ["--lam", 1, "--lora_lr", 1e-30, *ALIKE], "grpo", ALIKE),
+    "bridge at lambda 1, frozen w": ("bridge", ["--lam", 1, "--adapter_lr", 1e-30, *ALIKE], "grpo", ALIKE),
     "bridge at lambda 0": (
         "bridge",
-        ["--lam", 0, "--lora_rank", 0, "--sft_problems_per_step", 6, "--group_size", 2, "--weight_decay", 0],
+        ["--lam", 0, "--adapter_rank", 0, "--sft_problems_per_step", 6, "--group_size", 2, "--weight_decay", 0],
         "sft",
         [*SFT, "--seed", 1],
     ),
@@ -207,7 +207,7 @@ def test_two_ranks(easy, tmp_path, world):
     gentle = ["--steps", 2, "--lr", 1e-5]  # Adam's first steps turn a rounding of a zero gradient into one of size lr
     runs = {method: small(easy, tmp_path / method, *flags, *gentle) for method, flags in FLAGS.items()}
     runs["relift"] += ["--sft_lr", 1e-5]
-    runs["bridge"] += ["--lora_lr", 1e-5, "--shadow", "persist"]
+    runs["bridge"] += ["--adapter_lr", 1e-5, "--shadow", "persist"]
     for method, flags in runs.items():
         train(method, *flags, "--out", tmp_path / f"one-{method}")
     (tmp_path / "runs.json").write_text(json.dumps({m: [str(flag) for flag in flags] for m, flags in runs.items()}))

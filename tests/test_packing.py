@@ -1,7 +1,11 @@
 """Packed, padded and alone give the same log-probabilities; prompts are not trained."""
 
 import dataclasses
+import math
+import random
+import time
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,6 +13,7 @@ from conftest import SIZES, problem, random_model, run_script
 
 import common
 from core import model as core_model
+from core.packing import plan
 from core.sampler import TransformersEngine
 
 
@@ -38,7 +43,7 @@ def test_packed_padded_and_alone_agree(architecture, temperature, tokenizer, wor
     padded_logits = stock(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
     alone_total = 0
     for b, line in enumerate(lines):
-        start, length = len(batch.prompt_ids[b]), batch.lengths[b]
+        start, length = len(batch.rollouts[b].problem.prompt_ids), batch.lengths[b]
         logits = stock(input_ids=torch.tensor([line]), use_cache=False).logits[0, start - 1 : -1]
         alone = torch.log_softmax(logits / temperature, -1)
         left = torch.log_softmax(padded_logits[b, width - len(line) :] / temperature, -1)[start - 1 : -1]
@@ -129,7 +134,123 @@ def test_microbatches_keep_every_row_once_and_the_budget(tokenizer, world):
     batches = common.microbatches(all_rows, 30, world)
     assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(id(r) for r in all_rows)
     for batch in batches:
-        assert len(batch.rollouts) == 1 or sum(map(len, batch.prompt_ids)) + sum(batch.lengths) <= 30
+        assert len(batch.rollouts) == 1 or sum(batch.line[3]) <= 30
+
+
+# Balance ------------------------------------------------------------------------------------------
+LAWS = {  # completion tokens of 128 problems x 8 rows, cut at 8192: (median, spread of problems, of rows)
+    "instruct": (600, 0.5, 0.35),
+    "reasoning": (3000, 0.7, 0.4),
+    "long": (5000, 0.8, 0.4),
+    "uniform": None,
+}
+
+
+def drawn_sizes(law: str, seed: int) -> list[int]:
+    """Prompt and completion tokens of a step's 1024 rows."""
+    rng = np.random.default_rng(seed)
+    if LAWS[law] is None:
+        lengths = rng.uniform(200, 8192, (128, 8))
+    else:
+        median, problems, rows = LAWS[law]
+        lengths = median * np.exp(problems * rng.normal(size=(128, 1)) + rows * rng.normal(size=(128, 8)))
+    return (np.minimum(lengths, 8192).astype(int) + rng.integers(60, 300, (128, 1))).ravel().tolist()
+
+
+@pytest.mark.parametrize("budget", [2**14, 2**15])
+@pytest.mark.parametrize("law", LAWS)
+def test_ranks_hardly_wait_for_each_other(law, budget):
+    """On 8 ranks the slowest of each micro-batch costs what all do, and their budget is used."""
+    cost, efficiency, filling = lambda n: n + n * n / 41_000, [], []
+    for seed in range(20):
+        sizes = drawn_sizes(law, seed)
+        steps = plan(sizes, 8, budget)
+        slowest = sum(max(sum(cost(sizes[i]) for i in rows) for rows in step) for step in steps)
+        efficiency.append(sum(map(cost, sizes)) / 8 / slowest)
+        filling.append(sum(sizes) / 8 / len(steps) / budget)
+    assert min(efficiency) >= 0.97
+    assert np.mean(filling) >= (0.9 if np.mean(sizes) > 1000 or budget == 2**14 else 0.8)  # four short ones, or three
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_plan_has_every_row_once_and_keeps_the_budget(ranks):
+    """Whatever the lengths: a row above the budget is alone, none is empty while rows are left."""
+    rng = random.Random(ranks)
+    for _ in range(200):
+        sizes = [rng.choice([rng.randint(2, 9), rng.randint(2, 99), 51]) for _ in range(rng.randint(0, 40))]
+        steps, budget = plan(sizes, ranks, 50), 50
+        filled = [rows for step in steps for rows in step]
+        assert sorted(i for rows in filled for i in rows) == list(range(len(sizes)))
+        assert all(len(rows) <= 1 or sum(sizes[i] for i in rows) <= budget for rows in filled)
+        assert all(len(step) == ranks for step in steps) and steps == plan(sizes, ranks, 50)
+        assert len(steps) <= math.ceil(len(sizes) / ranks) and (all(filled) or len(sizes) < len(filled))
+    assert plan([], ranks, 50) == []
+
+
+def made_rows(rank: int) -> list[common.Rollout]:
+    """The rows that a rank made: many, few, none."""
+    made, rng = [], random.Random(rank)
+    for i in range((9, 2, 0)[rank]):
+        ids, expert = [rng.randint(1, 256) for _ in range(rng.randint(2, 30))], rng.randint(0, 2)
+        row = common.Rollout(problem("q" * (i + 1), id=f"{rank}-{i}"), ids, expert, [-0.1 * i] * (len(ids) - expert))
+        row.reward, row.advantage, row.taught = i / 8, i / 4 - 1, bool(i % 2)
+        row.prefix_advantage = None if i % 3 else 5.0
+        row.old_logprobs = None if i % 2 else -torch.rand(len(ids), generator=torch.Generator().manual_seed(i))
+        row.text, row.parts = "not sent", {"x": 1.0}
+        made.append(row)
+    return made
+
+
+def updates() -> list[tuple[list, list]]:
+    """Of every rank its micro-batches and its rows afterwards: what update_worker.py runs."""
+    world = common.init(0)
+    rows = made_rows(world.rank)
+    batches = common.microbatches(rows, 60, world)
+    seen = [([r.problem.id for r in b.rollouts], tensors(b), [r.text for r in b.rollouts]) for b in batches]
+    for batch in batches:  # what is kept is made of the tokens
+        common.keep_old_logprobs(batch, batch.completion_ids / 1000, world)
+    return common.gather([(seen, [(r.problem.id, r.completion_ids, r.old_logprobs) for r in rows])], world)
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(tmp_path_factory):
+    """What `updates` finds on three ranks."""
+    file = tmp_path_factory.mktemp("packing") / "found.pt"
+    run_script("tests/update_worker.py", "test_packing", str(file), nproc=3)
+    return torch.load(file)
+
+
+def test_rows_move_with_all_that_an_update_reads(on_three_ranks):
+    """Of rows that another rank made a micro-batch has the same id and tensors, but no text."""
+    made, found = {r.problem.id: r for rank in range(3) for r in made_rows(rank)}, []
+    for rank, (batches, _) in enumerate(on_three_ranks):
+        assert len(batches) == len(on_three_ranks[0][0]) > 1
+        for ids, held, texts in batches:
+            found += ids
+            wanted = tensors(common.make_batch([made[i] for i in ids]))
+            assert held.keys() == wanted.keys() and all(torch.equal(held[k], wanted[k]) for k in held)
+            assert texts == ["not sent" if int(i[0]) == rank else "" for i in ids]
+    assert sorted(found) == sorted(made)
+    assert {id[0] for ids, *_ in on_three_ranks[2][0] for id in ids} >= {"0"}
+
+
+def test_old_logprobs_come_home(on_three_ranks):
+    """Each rank's own rows have what was computed of them, on whichever rank."""
+    assert [len(rows) for _, rows in on_three_ranks] == [9, 2, 0]
+    for _, ids, kept in (row for _, rows in on_three_ranks for row in rows):
+        assert torch.equal(kept, torch.tensor(ids) / 1000)
+
+
+def test_a_step_of_four_million_tokens_takes_the_host_a_second(world):
+    """Packing, indices, padding and logging, without the model; the bound is for a slow machine."""
+    ids, sampled = list(range(100_000, 104_096)), (-np.random.default_rng(0).random(4096)).tolist()
+    rows = [common.Rollout(problem("q" * 200, id=str(i)), ids, 0, sampled) for i in range(1024)]
+    nothing, begin = torch.zeros(3 * 4096), time.process_time()
+    for batch in common.microbatches(rows, 3 * 4296, world):
+        common.token_logprobs(lambda *line: (nothing[: len(line[5])],) * 2, batch, 1.0)
+    seconds = time.process_time() - begin
+    print(f"{seconds:.2f} s for {1024 * 4096 / 1e6:.1f} M tokens")
+    assert seconds < 4
 
 
 def test_overfit_one_row_reproduces_it_and_stops(tokenizer, world, model_folder):
