@@ -27,7 +27,7 @@ def step_bytes(model: nn.Module, gpus: int, tokens: int, checkpointed: bool, ran
     kept = tokens * len(layers) * (2 * hidden if checkpointed else saved)
     a_layer = tokens * (6 * inner + 10 * hidden + (saved if checkpointed else 0))  # in its backward
     the_head = 14 * 2**26 + 4 * config.vocab_size * hidden  # 2^26 logits and their gradient; the weight's twice
-    gathered = 2 * (whole - layer * (len(layers) - 2)) + 4 * layer  # the root and two layers; a layer's gradients
+    gathered = 2 * (whole - layer * (len(layers) - 2)) + (0 if rank else 4 * layer)  # root, two layers; gradients
     return states, states + kept + max(a_layer, the_head) + gathered
 
 

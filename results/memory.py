@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -173,6 +174,7 @@ ANSWERS = {  # of a fake tensor to a program that asks for a number
     "__float__": lambda self: 1.0,
     "__int__": lambda self: 1,
     "__bool__": lambda self: True,
+    "__array__": lambda self, *_: np.ones(self.shape),
     "__getitem__": chosen,
 }
 
@@ -271,7 +273,10 @@ def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bo
         if storage._cdata in live.size:
             live.see(storage, "gathered", move=True)
 
-    true_resize, true_shard = torch.UntypedStorage.resize_, core.model.shard
+    def microbatches(rows: list, budget: int, world: common.World) -> list[common.Batch]:
+        return true_microbatches(rows, budget, replace(world, size=1))  # as if every rank had rows of these lengths
+
+    true_resize, true_shard, true_microbatches = torch.UntypedStorage.resize_, core.model.shard, common.microbatches
     engine = mock.Mock(generate=generate, sync=sync, sleep=lambda: None)
     world = common.World(0, gpus, torch.device("cuda" if cuda else "cpu"))
     mesh, tokenizer = init_device_mesh("cpu", (gpus,)), common.load_tokenizer("tiny")
@@ -282,6 +287,7 @@ def in_place_of_a_device(config, problems: list, live: Live, gpus: int, fake: bo
         (common, "load_data", lambda *args, **kwargs: (problems, [])),
         (common, "load_model", load_model),
         (core.model, "load_model", load_model),
+        (common, "microbatches", microbatches),
         (common, "shard", shard),
         (core.model, "shard", shard),
         (core.model, "announce", lambda *args: None),
