@@ -56,7 +56,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "bridge.py": "test_defaults test_lora:bridge test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
     "iw_sft.py": "test_defaults test_iw_sft test_losses test_pages test_methods",
-    "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods test_gradients",
+    "sft.py": "test_defaults test_losses test_iw_sft test_pages test_methods test_gradients test_ready:offline",
     "bread.py": "test_bread test_defaults test_pages test_methods test_hints test_rewards",
     "hpt.py": METHOD + " test_rewards",
     "relift.py": METHOD + " test_rewards",
@@ -529,6 +529,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/model.py", "return hidden.float() @ weight.float().T", "return (hidden @ weight.T).float()"),
     ("core/model.py", "if world.rank == 0 else buffer, 0)", "if world.rank == 0 else buffer, 1)"),
     ("core/engines.py", 'if "made" in vars(self):', "if True:"),
+    ("sft.py", "            sampler.sync(policy)\n", ""),
     (
         "core/data.py",
         "key = (seed, problem.id, problem.occurrence) if problem.occurrence else (seed, problem.id)",

@@ -5,7 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import byte_tokenizer, random_model, run_script
+from conftest import byte_tokenizer, random_model, run_script, train
+from safetensors.torch import load_file
 
 import common
 import core.model
@@ -57,6 +58,27 @@ def test_the_engine_is_made_at_its_first_use(world):
     assert make.call_count == 1 and make().sync.called and make().sleep.called
     with pytest.raises(SystemExit, match="window"):
         common.load_sampler(common.RunConfig(model="tiny"), common.load_tokenizer("tiny"), world, 10**6)
+
+
+@pytest.mark.parametrize("method", ["sft", "iw_sft"])
+def test_an_offline_method_evaluates_the_policy_as_it_is(method, tmp_path, monkeypatch):
+    """It syncs when it evaluates, and has no engine before, none at all without test problems."""
+    seen, made = [], []
+
+    def evaluate(sampler, *_):
+        seen.append(sampler.engine.made.model.get_input_embeddings().weight.clone())
+        return {"test_accuracy": 0.0}
+
+    engine = engines.TransformersEngine
+    monkeypatch.setattr(engines, "TransformersEngine", lambda *args: made.append(1) or engine(*args))
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    flags = ["--model", "tiny", "--steps", 2, "--eval_every", 1, "--problems_per_step", 2, "--lr", 1e-3]
+    train(method, *flags, "--out", tmp_path / "run")
+    final = load_file(tmp_path / "run/final/model.safetensors")["model.embed_tokens.weight"]
+    assert len(seen) == 3 and len(made) == 1 and torch.allclose(seen[-1], final.float(), atol=1e-2)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    train(method, *flags, "--test_data", "", "--out", tmp_path / "untested")
+    assert len(made) == 1
 
 
 # The forward --------------------------------------------------------------------------------------
