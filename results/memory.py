@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -176,6 +177,7 @@ ANSWERS = {  # of a fake tensor to a program that asks for a number
     "__bool__": lambda self: True,
     "__array__": lambda self, *_: np.ones(self.shape),
     "__getitem__": chosen,
+    "__array__": lambda self, *_, **__: np.zeros(self.shape),
 }
 
 
