@@ -286,7 +286,7 @@ def compare(rows: list, expected: list[Row], coefficient: Callable, name: str, w
             for w, one in zip(wanted, mine, strict=True)
         ]
         best = min(range(len(mine)), key=gaps.__getitem__)
-        free.remove(mine[best])
+        free = [one for one in free if one is not mine[best]]  # equal ones hold each other
         pairs.append((key, gaps[best]))
         largest = max([largest, *map(abs, wanted[best])])
     for key, gap in pairs:
