@@ -322,7 +322,8 @@ def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", fill
 
 def bare(rollout: Rollout) -> Rollout:
     """What an update needs of a row, in arrays: so it goes to another rank."""
-    problem = Problem(rollout.problem.id, "", np.array(rollout.problem.prompt_ids, np.int32), "", None)
+    p, ids = rollout.problem, np.array(rollout.problem.prompt_ids, np.int32)
+    problem = Problem(p.id, "", ids, "", None, score=p.score, occurrence=p.occurrence, hinted=p.hinted)
     ids, logprobs = np.array(rollout.completion_ids, np.int32), np.array(rollout.sampler_logprobs, np.float32)
     return replace(rollout, problem=problem, completion_ids=ids, sampler_logprobs=logprobs, text="", parts={})
 
@@ -389,11 +390,10 @@ def old_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
 
 def keep_old_logprobs(batch: Batch, logprobs: Tensor, world: World) -> None:
     """Write log-probabilities (B, T) into the rollouts of a batch, on their ranks (collective)."""
-    rows = logprobs.detach().cpu()
-    found = {i: row[:length].clone() for i, row, length in zip(batch.numbers, rows, batch.lengths, strict=False)}
-    for part in gather([found], world):
-        for i in part.keys() & batch.own.keys():
-            batch.own[i].old_logprobs = part[i]
+    rows = zip(batch.numbers, logprobs.detach().cpu(), batch.lengths, strict=False)  # a filler has no number
+    parts = gather([{i: row[:n].clone() for i, row, n in rows}], world)
+    for i, values in ((i, values) for part in parts for i, values in part.items() if i in batch.own):
+        batch.own[i].old_logprobs = values
 
 
 def store_old_logprobs(policy: Policy, rollouts: list[Rollout], cfg, world: World) -> None:

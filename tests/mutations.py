@@ -555,7 +555,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
         "    sorted(filled, key=lambda rows: -sum(sizes[i]",
     ),
     ("core/packing.py", "key=lambda i: -sizes[i]):", "key=lambda i: sizes[i]):"),
-    ("common.py", "batch.own[i].old_logprobs = part[i]", "batch.rollouts[0].old_logprobs = part[i]"),
+    ("common.py", "batch.own[i].old_logprobs = values", "batch.rollouts[0].old_logprobs = values"),
     ("common.py", "dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))", "dict(enumerate(rollouts))"),
     ("common.py", "batch.sampler_logprobs, -math.inf).exp()", "batch.sampler_logprobs, 0.0).exp()"),
     ("core/records.py", "values.where(mask, 0).sum()", "values.sum()"),
