@@ -331,11 +331,13 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
     for parameter in (p for p in model.parameters() if dtypes and not p.requires_grad):
         parameter.data = parameter.data.to(torch.bfloat16)
     weights, buffers = model.state_dict(), dict(model.named_buffers())
+    policy = Policy(model).train()
     if checkpoint_activations:
+        if not model.supports_gradient_checkpointing:
+            fail(f"{type(model).__name__} cannot recompute its layers: --no-checkpoint_activations")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if world.size > 1:
         model.to("meta").tie_weights()
-    policy = Policy(model).train()
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in [*model.get_decoder().layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*dtypes))

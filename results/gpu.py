@@ -5,11 +5,11 @@ python results/gpu.py --device cpu   the same at toy size, as the tests do it
 
 Every part has its own time limit; what fails or runs out of time is written down, and the rest
 still runs. Weights are random, with the shapes of Qwen2.5-1.5B. Where packages are missing and
-nothing can be fetched, carry them as wheels (2 MiB; torch and transformers must be there):
+nothing can be fetched, carry them as wheels (3 MiB; torch and transformers must be there):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels tyro typeguard \
         docstring-parser datasets math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2 \
-        pebble dill multiprocess pytest-rerunfailures
+        pebble dill multiprocess peft accelerate pytest-rerunfailures
     pip install --no-index --no-deps --find-links wheels wheels/*.whl && make gpu
 """
 

@@ -81,6 +81,13 @@ def test_an_offline_method_evaluates_the_policy_as_it_is(method, tmp_path, monke
     assert len(made) == 1
 
 
+def test_a_model_that_cannot_recompute_is_one_sentence(world):
+    model = random_model("qwen2")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(SystemExit, match="Qwen2ForCausalLM cannot recompute its layers: --no-checkpoint_activations"):
+        common.shard(model, world, True)
+
+
 # The forward --------------------------------------------------------------------------------------
 def test_bf16_logits_are_summed_in_fp32():
     """Log-probabilities from bf16 numbers as exact as fp32 has them, gradients as bf16 has them."""
