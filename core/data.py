@@ -280,7 +280,10 @@ def read_args(text: str, tokenizer: Tokenizer) -> dict[str, object]:
             if not equals or not re.search(rf"\b{name}\b", f"date {tokenizer.chat_template}"):
                 fail(f"--template_args: {name!r} has no value, or the chat template has no such variable")
             args[name] = int(value) if value.isdecimal() else words.get(value.lower(), value)
-        return args | {"strftime_now": datetime.date.fromisoformat(str(args.pop("date"))).strftime}
+        day, clock = datetime.date.fromisoformat(str(args.pop("date"))), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        if tokenizer.chat_template:
+            args["chat_template"] = re.sub(clock, lambda m: repr(day.strftime(m[2])), tokenizer.get_chat_template())
+        return args
     except ValueError as error:
         fail(f"--template_args {text}: {error}")
 

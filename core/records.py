@@ -171,8 +171,8 @@ class RunLog:
 
 def read(values: Sequence[Tensor | float]) -> list[float]:
     """Numbers and scalars of the device, which come in one transfer."""
-    found = [value.double() for value in values if isinstance(value, Tensor)]
-    known = iter(torch.stack(found).tolist() if found else [])
+    found = [value for value in values if isinstance(value, Tensor)]
+    known = iter(torch.stack([v.to(found[0].device, torch.float64) for v in found]).tolist() if found else [])
     return [next(known) if isinstance(value, Tensor) else float(value) for value in values]
 
 
