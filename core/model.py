@@ -335,7 +335,8 @@ def shard(model: transformers.PreTrainedModel, world: World, checkpoint_activati
     if checkpoint_activations:
         if not model.supports_gradient_checkpointing:
             fail(f"{type(model).__name__} cannot recompute its layers: --no-checkpoint_activations")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its new name
+        enable({"use_reentrant": False})
     if world.size > 1:
         model.to("meta").tie_weights()
     mesh = init_device_mesh(world.device.type, (world.size,))
