@@ -168,7 +168,7 @@ def test_ranks_hardly_wait_for_each_other(law, budget):
         slowest = sum(max(sum(cost(sizes[i]) for i in rows) for rows in step) for step in steps)
         efficiency.append(sum(map(cost, sizes)) / 8 / slowest)
         filling.append(sum(sizes) / 8 / len(steps) / budget)
-    assert min(efficiency) >= 0.97
+    assert min(efficiency) >= 0.99  # less without the order of the micro-batches
     assert np.mean(filling) >= (0.9 if np.mean(sizes) > 1000 or budget == 2**14 else 0.8)  # four short ones, or three
 
 
