@@ -39,7 +39,7 @@ def announce(run: RunConfig, config: transformers.PretrainedConfig, world: World
         return
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    has, rank = torch.cuda.mem_get_info(world.device)[1] - 2 * GIB, getattr(run, "lora_rank", 0)  # less CUDA's own
+    has, rank = torch.cuda.mem_get_info(world.device)[1] - 2 * GIB, run.lora_rank  # less CUDA's own
     asked = (world.size, run.tokens_per_microbatch or 2**14, run.checkpoint_activations, rank)
     states, needs = step_bytes(model, *asked)
     said = f"an update of {run.model} on {world.size} GPU needs about {needs / GIB:.0f} GiB of each"
@@ -48,7 +48,7 @@ def announce(run: RunConfig, config: transformers.PretrainedConfig, world: World
         return print0(f"memory: {said}")
     ways = {"--checkpoint_activations": (*asked[:2], True, rank)}
     ways |= {f"--tokens_per_microbatch {n}": (asked[0], n, True, rank) for n in (2**13, 2**12, 2**11)}
-    ways |= {"--lora_rank 32": (*asked[:2], True, 32)} if hasattr(run, "lora_rank") else {}
+    ways |= {"--lora_rank 32": (*asked[:2], True, 32)}
     ways |= {f"{n} GPU": (n, asked[1], True, rank) for n in range(world.size + 1, 257)}
     fit = [way for way, sizes in ways.items() if step_bytes(model, *sizes)[1] <= has]
     fit = fit[:1] if "--checkpoint_activations" in fit else fit  # it changes nothing but time
