@@ -2,7 +2,7 @@
 
 python map/make.py                     all files, and what the base model does
 python map/make.py --problems          the problem files only, a second
-python map/make.py --traces fused      only train_fused.jsonl: the training problems with other traces
+python map/make.py --traces fused      train_fused.jsonl alone: train with other traces
 python map/make.py --measure           only the table of what the base model does
 """
 
@@ -37,7 +37,13 @@ SPLITS = {
     "long": (128, range(9, 12), range(3, 7), 0),
     "easy": (128, range(3, 8), range(1), 0),
 }
-SCORES = {"clean": 1.0, "style": 0.6, "fused": 0.3, "wrong": 0.1}  # of a mixed trace: the four kinds in equal parts
+SCORES = {
+    "clean": 1.0,
+    "style": 0.6,
+    "fused": 0.3,
+    "wrong": 0.1,
+}  # kinds of traces, and how good they are
+MIXED = ["clean", "style", "clean", "fused", "clean", "wrong"]
 BASE_UPDATES, BASE_TOKENS, BASE_LR = 1400, 5000, 2e-3
 SHORT_UPDATES = 600  # the first updates see routes of one or two hops: the map is learned here
 
@@ -125,11 +131,12 @@ def make_problems() -> dict[str, list[dict]]:
 
 
 def with_traces(rows: list[dict], kind: str) -> list[dict]:
-    """Training rows with traces of another kind. wrong: every second one; mixed: all, with score."""
-    rng, found = random.Random(f"{SEED} {kind}"), []
-    for i, row in enumerate(rows):
+    """Training rows with traces of a kind. wrong: half of them; mixed: half clean, with score."""
+    rng, parts = random.Random(f"{SEED} {kind}"), {"wrong": ["clean", "wrong"], "mixed": MIXED}.get(kind, [kind])
+    kinds, found = [parts[i % len(parts)] for i in range(len(rows))], []
+    rng.shuffle(kinds)  # else a kind would always fall on the same number of unsure hops
+    for row, this in zip(rows, kinds, strict=True):
         start, roads = row["problem"].split()
-        this = {"mixed": [*SCORES][i % len(SCORES)], "wrong": ("wrong", "clean")[i % 2]}.get(kind, kind)
         row = row | {"solution": write_out(walk(start, roads), this, rng), "meta": row["meta"] | {"trace": this}}
         found.append(row | {"score": SCORES[this]} if kind == "mixed" else row)
     return found
