@@ -14,33 +14,18 @@ Entropy bonus and KL are off. How long a gradient is plays no part: AdamW divide
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # run as a script: the method files are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the methods are one folder up
 import common  # noqa: E402
-from results.three_tokens import (  # noqa: E402
-    IDS,
-    METHOD,
-    PROBLEMS,
-    RIGHT,
-    TARGETS,
-    TEXTS,
-    N,
-    Policy,
-    T,
-    policies,
-    rows_of,
-)
+from results.bias_pictures import draw_bias, draw_coefficients  # noqa: E402
+from results.three_tokens import IDS, METHOD, PROBLEMS, RIGHT, TARGETS, TEXTS, N, Policy, T, policies, rows_of  # noqa: E402
 
 MANY = 1e12  # groups of an update
 
@@ -54,7 +39,7 @@ class Variant(NamedTuple):
     flags: dict = {}
     writer: str = "now"  # who samples; old: before the last update, other: with noise on the weights
     rest: tuple = ()  # what its loss_fn takes beyond the others' arguments
-    one_group: bool = False  # an update of one group
+    one_group: bool = False  # an update is one group, not many
     policy_part: bool = False  # without the slopes of expert tokens
 
     @property
@@ -82,57 +67,56 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 WEIGHTS = ("iw", "iw_step", "dft", "trsft", "chord_phi", "pear")
 PLAIN = Variant("grpo", flags=BARE)  # the unbiased one, up to the factor (N - 1) / N
 FAMILIES = {  # one thing at a time is switched on; then each method as its file has it
-    "division by std, equal groups": {
+    "division by std, dropping": {
         "plain: minus the group's mean": PLAIN,
         "divided by std": PLAIN._replace(flags=BARE | {"scale_by_std": True}),
         "equal groups dropped": PLAIN._replace(flags=BARE | {"zero_variance": "drop"}),
     },
     "division by length": {
-        "by the row's tokens": PLAIN._replace(flags=BARE | {"loss_norm": "sequence"}),
+        "divided by the row's tokens": PLAIN._replace(flags=BARE | {"loss_norm": "sequence"}),
         "by the tokens of one group": PLAIN._replace(flags=BARE | {"loss_norm": "token"}, one_group=True),
         "by the tokens of many groups": PLAIN._replace(flags=BARE | {"loss_norm": "token"}),
     },
-    "rows of the policy before": {
-        "ratio, no clip": PLAIN._replace(writer="old"),
-        "clip 0.2": PLAIN._replace(writer="old", flags=BARE | CLIP),
-        "clip 0.2, upwards 0.28": PLAIN._replace(writer="old", flags=BARE | CLIP | {"clip_high": 0.28}),
+    "rows of an older policy": {
+        "older rows, no clip": PLAIN._replace(writer="old"),
+        "older rows, clip 0.2": PLAIN._replace(writer="old", flags=BARE | CLIP),
+        "older rows, clip 0.2, up 0.28": PLAIN._replace(writer="old", flags=BARE | CLIP | {"clip_high": 0.28}),
     },
-    "rows of a sampler that is off": {
-        "uncorrected": PLAIN._replace(writer="other", flags=BARE | {"tis_cap": 0.0}),
-        "TIS, at most 2": PLAIN._replace(writer="other"),
-        "TIS without a cap": PLAIN._replace(writer="other", flags=BARE | {"tis_cap": 1e9}),
+    "a sampler that is off": {
+        "sampler off, uncorrected": PLAIN._replace(writer="other", flags=BARE | {"tis_cap": 0.0}),
+        "sampler off, TIS up to 2": PLAIN._replace(writer="other"),
+        "sampler off, TIS, no cap": PLAIN._replace(writer="other", flags=BARE | {"tis_cap": 1e9}),
     },
-    "the expert's trace as a row": {
-        "in the baseline alone": Variant("luffy", "group with trace", policy_part=True),
-        "trained too, f(p) = p": Variant("luffy", "group with trace", {"gamma": -1.0}),
-        "trained too, f(p) = p / (p + 0.1)": Variant("luffy", "group with trace"),
+    "a trace as a row": {
+        "trace in the baseline alone": Variant("luffy", "group with trace", policy_part=True),
+        "trace trained too, by p": Variant("luffy", "group with trace", {"gamma": -1.0}),
+        "trace trained too, p / (p + 0.1)": Variant("luffy", "group with trace"),
     },
     "expert tokens as context": {
-        "a hint of 1 token": Variant("bread", "hint of 1", BARE),
-        "a hint of 2 tokens": Variant("bread", "hint of 2", BARE),
+        "a hint of 1 token in 4": Variant("bread", "hint of 1", BARE),
         "a hint after a failure": Variant("bread", "anchor", BARE),
     },
-    "methods without an expert target": {
+    "methods: no expert target": {
         "grpo": Variant("grpo"),
         "dapo": Variant("dapo"),
         "bread": Variant("bread", "anchor"),
         "uft": Variant("uft", "hints"),
     },
-    "methods with expert tokens in the group": {
+    "methods: expert in the group": {
         "luffy": Variant("luffy", "group with trace"),
         "srft": Variant("srft", "group with trace"),
         "srft, pm1": Variant("srft", "group with trace", {"rollouts": "pm1"}),
         "prefix_rft": Variant("prefix_rft", "hybrid"),
         "trapo": Variant("trapo", "micro-groups"),
     },
-    "methods with traces beside the group": {
+    "methods: trace beside it": {
         "chord, mu 0.5": Variant("chord", "group and trace", rest=(0.5,)),
         "chord, phi": Variant("chord", "group and trace", {"phi": True}, rest=(0.1,)),
         "bridge, theta": Variant("bridge", "group and trace"),
         "hpt": Variant("hpt", "group or trace"),
         "relift, SFT step": Variant("relift", "trace after a failure"),
     },
-    "methods of traces alone": {
+    "methods: traces alone": {
         "sft": Variant("sft", "trace"),
         **{f"iw_sft, {w}": Variant("iw_sft", "trace", {"weight": w}) for w in WEIGHTS},
     },
@@ -140,19 +124,18 @@ FAMILIES = {  # one thing at a time is switched on; then each method as its file
 
 
 # The expectation ----------------------------------------------------------------------------------
+def fill(batch: common.Batch, rewards: Tensor, A: Tensor, old: Tensor, sampler: Tensor) -> common.Batch:
+    """A batch in float64: rewards and advantages (B,), log-probabilities (B, T)."""
+    row = {"rewards": rewards, "advantages": A, "token_advantages": A[:, None].expand(-1, T)}
+    return dataclasses.replace(batch, old_logprobs=old, sampler_logprobs=sampler, **row)
+
+
 def expected_push(v: Variant, now: Policy) -> tuple[Tensor, float]:
     """(-E[gradient], (18,); noise) of an update of a policy."""
     rows, writer = rows_of(v.layout), now.writer(v.writer)
     place, chances, written = rows.place, rows.chances(writer), writer.logprobs[rows.place]
     A = rows.advantages(getattr(v.cfg, "scale_by_std", False))
-    batch = dataclasses.replace(
-        rows.batch,
-        old_logprobs=written if v.writer == "old" else now.logprobs[place],
-        sampler_logprobs=written,
-        rewards=rows.rewards,
-        advantages=A,
-        token_advantages=A[:, None].expand(-1, T),
-    )
+    batch = fill(rows.batch, rows.rewards, A, written if v.writer == "old" else now.logprobs[place], written)
     mask = batch.policy_mask
     drop = getattr(v.cfg, "zero_variance", "keep") == "drop"
     kept = rows.sums(A.abs())[rows.group] > 0 if drop else mask.any(1)
@@ -175,21 +158,20 @@ def measure(v: Variant, now: Policy) -> tuple[float, float, float]:
     return torch.cosine_similarity(push, true, dim=0).item(), ((push - along).norm() / push.norm()).item(), noise
 
 
-# The pictures -------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 SHOWN = (0, 6, 12)  # policies of the table
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:gray")
 Measured = dict[str, list[tuple[float, float, float]]]  # of each variant, (cosine, bias, noise) at every policy
 
 
 def alike(one: list, other: list) -> bool:
-    """Cosine and bias to 0.02, noise to a tenth."""
+    """Cosine and bias to 0.05, noise to a tenth."""
     pairs = [(x, y) for i in SHOWN for x, y in zip(one[i], other[i], strict=True)]
-    near = [abs(x - y) < (0.1 * max(x, y) if k % 3 == 2 else 0.02) for k, (x, y) in enumerate(pairs)]
+    near = [abs(x - y) < (0.1 * max(x, y) if k % 3 == 2 else 0.05) for k, (x, y) in enumerate(pairs)]
     return all(near)
 
 
 def table(found: Measured) -> str:
-    """Markdown, at three policies; variants that are alike share a line, with the first's numbers."""
+    """Markdown, at three policies; variants that are alike share a line, of the first's numbers."""
     lines: list[list[str]] = []
     for title in found:
         line = next((line for line in lines if alike(found[line[0]], found[title])), [])
@@ -207,119 +189,69 @@ def table(found: Measured) -> str:
     return "\n".join(rows)
 
 
-def draw_bias(found: Measured) -> None:
-    """Small multiples: a family a column, cosine, bias and noise below each other."""
-    figure = plt.figure(figsize=(17, 15), layout="constrained")
-    rewards = [policy.reward().mean().item() for policy in policies()]
-    ticks = [0.001, 0.03, 0.5, 0.97, 0.999]
-    looks = (("cosine", (-0.5, 1.08), "linear"), ("bias", (8e-4, 1.4), "log"), ("noise of a group", (0.5, 1e4), "log"))
-    for band, part in zip(figure.subfigures(2, 1), (list(FAMILIES)[:5], list(FAMILIES)[5:]), strict=True):
-        grid = band.subplots(3, 5, sharex=True, sharey="row", height_ratios=(3, 2, 2))
-        for column, family in enumerate(part):
-            for which, (name, limits, scale) in enumerate(looks):
-                axis = grid[which, column]
-                for k, (title, color) in enumerate(zip(FAMILIES[family], COLORS, strict=False)):
-                    values = [min(max(value[which], limits[0]), limits[1]) for value in found[title]]
-                    axis.plot(rewards, values, color=color, lw=4 - 0.5 * k, alpha=0.8, label=title)
-                axis.set(ylim=limits, xscale="logit", yscale=scale)
-                axis.set_xticks(
-                    [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], ["0.001", "", "0.1", "0.5", "0.9", "", "0.999"]
-                )
-                axis.minorticks_off()
-                axis.grid(alpha=0.3)
-                axis.set_ylabel(name if not column else "")
-            legend = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.01), "frameon": False, "fontsize": 9}
-            grid[0, column].legend(title=family, title_fontproperties={"weight": "bold"}, **legend)
-            grid[2, column].set_xlabel("expected reward of the policy")
-    figure.savefig(HERE / "bias.png", dpi=90)
-    plt.close(figure)
-
-
-EXAMPLE = [("ab.", 0), ("bab.", 0), (".", 0), ("b.", 0), ("ba.", 0), ("bbb.", 0), ("aab.", 2), ("aab.", 4)]
-OWN, PREFIX, TRACE = range(6), (6,), (7,)  # rows of the policy's alone, with an expert prefix, of the expert's alone
-PANELS = {  # what a method uses of the eight rows, of which its baseline has `first`
-    "grpo\nA / std, mean over tokens": (Variant("grpo"), (*OWN,), 6),
-    "dr.grpo\nA, constant norm: the unbiased one": (PLAIN, (*OWN,), 6),
-    "dapo\ngrpo with more room upwards": (Variant("dapo"), (*OWN,), 6),
-    "bread\nprefix is context, never a target": (Variant("bread"), (*OWN, *PREFIX), 7),
-    "uft\nprefix is context, and 0.001 of a target": (Variant("uft"), (*OWN, *PREFIX), 7),
-    "prefix_rft\nA on its most uncertain prefix tokens": (Variant("prefix_rft"), (*OWN, *PREFIX), 7),
-    "trapo\nprefixes by min(1, p / 0.1), whatever A": (Variant("trapo"), (*OWN, *PREFIX, *TRACE), 8),
-    "luffy\ntrace by A 0.1 p / (p + 0.1)^2": (Variant("luffy"), (*OWN, *TRACE), 8),
-    "srft\nluffy, traces imitated, few pushes up": (Variant("srft"), (*OWN, *TRACE), 8),
-    "chord, mu 0.5\nhalf GRPO, half SFT": (Variant("chord", rest=(0.5,)), (*OWN, *TRACE), 6),
-    "bridge, theta\nhalf GRPO, half SFT": (Variant("bridge"), (*OWN, *TRACE), 6),
-    "hpt\ntrace of another problem, which failed": (Variant("hpt", flags={"group_size": 6}), (*OWN, *TRACE), 6),
-    "relift\nRL step, and SFT step on what failed": (Variant("relift"), (*OWN, *TRACE), 6),
-    "sft\ntrace alone": (Variant("sft"), TRACE, 0),
-    "iw_sft\ntrace alone, one weight for all of it": (Variant("iw_sft"), TRACE, 0),
-    "iw_sft, dft\ntrace alone, by p": (Variant("iw_sft", flags={"weight": "dft"}), TRACE, 0),
+# The tokens of eight rows -------------------------------------------------------------------------
+ROWS = {  # of the problem "ab": (completion, how many tokens are the expert's)
+    "ab.\nright": ("ab.", 0),
+    "bab.\nright": ("bab.", 0),
+    "'.'\nwrong": (".", 0),
+    "b.\nwrong": ("b.", 0),
+    "ba.\nwrong": ("ba.", 0),
+    "bbb.\nwrong": ("bbb.", 0),
+    "aa|b.\nprefix,\nright": ("aab.", 2),
+    "aab.\ntrace": ("aab.", 4),
+}
+GROUP, PREFIX, TRACE = (0, 1, 2, 3, 4, 5), (6,), (7,)
+PANELS = {  # which of the rows a method has, and how many of them share a baseline
+    "grpo: A / std": (Variant("grpo"), GROUP, 6),
+    "dr.grpo: A, constant norm, the unbiased one": (PLAIN, GROUP, 6),
+    "grpo, sequence norm: long rows get less a token": (Variant("grpo", flags={"loss_norm": "sequence"}), GROUP, 6),
+    "dapo: grpo with more room upwards": (Variant("dapo"), GROUP, 6),
+    "bread: prefix is context, never a target": (Variant("bread"), GROUP + PREFIX, 7),
+    "uft: prefix is context, and 0.001 of a target": (Variant("uft"), GROUP + PREFIX, 7),
+    "prefix_rft: A on the prefix too, where uncertain": (Variant("prefix_rft"), GROUP + PREFIX, 7),
+    "trapo: min(1, p / 0.1) on prefixes, without A": (Variant("trapo"), GROUP + PREFIX + TRACE, 8),
+    "luffy, unshaped: A p on the trace": (Variant("luffy", flags={"gamma": -1.0}), GROUP + TRACE, 8),
+    "luffy: 0.1 A p / (p + 0.1)$^2$ on the trace": (Variant("luffy"), GROUP + TRACE, 8),
+    "srft: luffy, trace imitated, pushes up 0.1": (Variant("srft"), GROUP + TRACE, 8),
+    "srft, pm1: reward 1 or -1 in place of A": (Variant("srft", flags={"rollouts": "pm1"}), GROUP + TRACE, 8),
+    "chord, mu: half GRPO, half SFT": (Variant("chord", rest=(0.5,)), GROUP + TRACE, 6),
+    "chord, phi: 0.9 GRPO, 0.1 p (1 - p) SFT": (Variant("chord", flags={"phi": True}, rest=(0.1,)), GROUP + TRACE, 6),
+    "bridge, theta: half GRPO, half SFT": (Variant("bridge"), GROUP + TRACE, 6),
+    "hpt: trace of another problem, that failed": (Variant("hpt", flags={"group_size": 6}), GROUP + TRACE, 6),
+    "relift: an SFT step on what failed, apart": (Variant("relift"), GROUP + TRACE, 6),
+    "sft: every token alike": (Variant("sft"), TRACE, 0),
+    "iw_sft: one weight a trace": (Variant("iw_sft"), TRACE, 0),
+    "iw_sft, dft: p": (Variant("iw_sft", flags={"weight": "dft"}), TRACE, 0),
 }
 
 
-def example_slopes(v: Variant, used: tuple[int, ...], shared: int) -> tuple[common.Batch, Tensor]:
-    """(batch, (B, T) pushes) of the rows that a method uses; the first `shared` have a baseline."""
-    now, chosen = policies()[5], [EXAMPLE[i] for i in used]
+def pushes(v: Variant, used: tuple[int, ...], shared: int) -> dict[int, list[tuple[bool, float]]]:
+    """Of each row that a method has, of every token: (whether it is the expert's, its push).
+
+    The policy has a reward of 0.3. One token, the third of the second row, has a ratio of 1.25.
+    """
+    now, chosen = policies()[5], [list(ROWS.values())[i] for i in used]
     rollouts = [common.Rollout(PROBLEMS[1], IDS[TEXTS.index(text)], shown) for text, shown in chosen]
     place = (torch.ones(len(chosen), dtype=torch.long), torch.tensor([TEXTS.index(text) for text, _ in chosen]))
-    A, old = torch.zeros(len(chosen), dtype=torch.float64), now.writer("old").logprobs[place]
+    rewards, A, old = RIGHT[place], torch.zeros(len(chosen), dtype=torch.float64), now.logprobs[place]
     if shared:
-        rewards = RIGHT[place][:shared]
-        A[:shared] = common.group_advantages(rewards[None], v.cfg.scale_by_std)[0]
-    batch = dataclasses.replace(
-        common.make_batch(rollouts),
-        old_logprobs=old,
-        sampler_logprobs=old,
-        rewards=RIGHT[place],
-        advantages=A,
-        token_advantages=A[:, None].expand(-1, T),
-    )
+        A[:shared] = common.group_advantages(rewards[None, :shared], v.cfg.scale_by_std)[0]
+        old[1, 2] -= math.log(1.25)
+    batch = fill(common.make_batch(rollouts), rewards, A, old, old)
     own, whole = batch.policy_mask, ~batch.policy_mask.any(1)
     counts = common.Counts(*(x.sum().item() for x in (own, batch.expert_mask, ~whole, whole)))
-    return batch, v.slopes(batch, place, now, counts)
-
-
-def draw_coefficients() -> None:
-    """The same eight rows under every method: what pushes each token, policy's and expert's."""
-    figure, axes = plt.subplots(4, 4, figsize=(17, 12), sharex=True, sharey=True, layout="constrained")
-    names = [text if not shown or shown == len(text) else f"{text[:shown]}|{text[shown:]}" for text, shown in EXAMPLE]
-    for axis, (title, (v, used, shared)) in zip(axes.flat, PANELS.items(), strict=True):
-        batch, slopes = example_slopes(v, used, shared)
-        scale = slopes.abs().max()
-        for i in set(range(len(EXAMPLE))) - set(used):
-            axis.axvspan(5 * i - 0.9, 5 * i + 3.9, color="0.9", lw=0)
-        for b, i in enumerate(used):
-            for t in range(batch.lengths[b]):
-                expert, height = bool(batch.expert_mask[b, t]), (slopes[b, t] / scale).item()
-                axis.bar(5 * i + t, height, 0.85, color="tab:orange" if expert else "tab:blue")
-                if not height:
-                    axis.plot(5 * i + t, 0, ".", ms=4, color="tab:orange" if expert else "tab:blue")
-        axis.axhline(0, color="black", lw=0.6)
-        axis.set_title(title, fontsize=10)
-        axis.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xlim=(-1.2, 39.2))
-        marks = ["right" if RIGHT[1, TEXTS.index(text)] else "wrong" for text, _ in EXAMPLE]
-        marks[6:] = ["prefix,\nright", "trace"]
-        axis.set_xticks([5 * i + 1.5 for i in range(8)], [f"{n}\n{m}" for n, m in zip(names, marks, strict=True)])
-        axis.tick_params(axis="x", labelsize=8, length=0)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in ("tab:blue", "tab:orange", "0.9")]
-    labels = ["token that the policy wrote", "token that the expert wrote", "row that the method has not"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
-    figure.supylabel("push on the token's log-probability, - d loss / d logprob, largest of the panel = 1")
-    figure.savefig(HERE / "coefficients.png", dpi=90)
-    plt.close(figure)
+    rows = zip(batch.expert_mask.tolist(), v.slopes(batch, place, now, counts).tolist(), batch.lengths, strict=True)
+    return {i: list(zip(e[:n], s[:n], strict=True)) for i, (e, s, n) in zip(used, rows, strict=True)}
 
 
 def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    found = {
-        title: [measure(v, policy) for policy in policies()]
-        for family in FAMILIES.values()
-        for title, v in family.items()
-    }
+    variants = {title: v for family in FAMILIES.values() for title, v in family.items()}
+    found = {title: [measure(v, policy) for policy in policies()] for title, v in variants.items()}
     print(table(found))
-    draw_bias(found)
-    draw_coefficients()
+    draw_bias(FAMILIES, found, [policy.reward().mean().item() for policy in policies()])
+    draw_coefficients(list(ROWS), {title: pushes(*panel) for title, panel in PANELS.items()})
 
 
 if __name__ == "__main__":

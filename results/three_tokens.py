@@ -146,7 +146,6 @@ LAYOUTS: dict[str, Callable[[], list[Group]]] = {
     "trace after a failure": failed,  # nothing otherwise
     "trace": lambda: [Group(problem, (), EXPERT[problem]) for problem in range(2)],
     "hint of 1": lambda: drawn(shown=1),
-    "hint of 2": lambda: drawn(shown=2),
     "hints": lambda: drawn(shown=0, times=0.25) + drawn(shown=1, times=0.5) + drawn(shown=2, times=0.25),
     "anchor": lambda: (
         solved(drawn() + drawn(shown=1, failed=(0,)) + drawn(shown=2, failed=(0, 1)))
