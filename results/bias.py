@@ -244,14 +244,18 @@ def pushes(v: Variant, used: tuple[int, ...], shared: int) -> dict[int, list[tup
     return {i: list(zip(e[:n], s[:n], strict=True)) for i, (e, s, n) in zip(used, rows, strict=True)}
 
 
+def draw(found: Measured) -> None:
+    draw_bias(FAMILIES, found, [policy.reward().mean().item() for policy in policies()])
+    draw_coefficients(list(ROWS), {title: pushes(*panel) for title, panel in PANELS.items()})
+
+
 def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     variants = {title: v for family in FAMILIES.values() for title, v in family.items()}
     found = {title: [measure(v, policy) for policy in policies()] for title, v in variants.items()}
     print(table(found))
-    draw_bias(FAMILIES, found, [policy.reward().mean().item() for policy in policies()])
-    draw_coefficients(list(ROWS), {title: pushes(*panel) for title, panel in PANELS.items()})
+    draw(found)
 
 
 if __name__ == "__main__":

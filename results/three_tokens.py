@@ -166,8 +166,12 @@ class Rows:
         flat = [(i, g.problem, *row, True) for i, g in enumerate(self.groups) for row in g.rows]
         flat += [(i, g.problem, *row, False) for i, g in enumerate(self.groups) for row in g.traces]
         self.group, problem, y, _, self.shares = torch.tensor(flat).T
+        self.problem = torch.tensor([g.problem for g in self.groups])
+        self.times = torch.tensor([g.times for g in self.groups], dtype=torch.float64)
+        self.failed = torch.tensor([[shown in g.failed for shown in range(3)] for g in self.groups])
         self.place, self.rewards = (problem, y), RIGHT[problem, y]
-        self.batch = common.make_batch([common.Rollout(PROBLEMS[p], IDS[y], shown) for _, p, y, shown, _ in flat])
+        kinds = {row[1:4]: common.Rollout(PROBLEMS[row[1]], IDS[row[2]], row[3]) for row in set(flat)}
+        self.batch = common.make_batch([kinds[row[1:4]] for row in flat])
 
     def sums(self, values: Tensor) -> Tensor:
         """(rows, ...) -> (groups, ...)"""
@@ -175,10 +179,10 @@ class Rows:
 
     def chances(self, writer: Policy) -> Tensor:
         """(groups,): probabilities where `writer` samples and each problem is as likely."""
-        failure = torch.stack([(1 - writer.reward(shown)) ** N for shown in range(3)], 1).tolist()
-        known = [g.times / 2 * math.prod(failure[g.problem][shown] for shown in g.failed) for g in self.groups]
+        failure = torch.stack([(1 - writer.reward(shown)) ** N for shown in range(3)], 1)
+        known = torch.where(self.failed, failure[self.problem], 1.0).prod(1) * self.times / 2
         written = writer.logprobs[self.place].where(self.batch.policy_mask, 0.0).sum(1)
-        return torch.tensor(known, dtype=torch.float64) * self.sums(written).exp()
+        return known * self.sums(written).exp()
 
     def advantages(self, scale_by_std: bool) -> Tensor:
         """(rows,); 0 for a trace outside of the group."""
