@@ -272,7 +272,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/memory.py", "if needs <= has:", "if states <= has:"),
     ("core/memory.py", "saved = 16 * hidden + attention + 8 * inner", "saved = 34 * hidden"),
     ("core/memory.py", "states = (16 * adapter + 2 * whole if rank", "states = (16 * adapter + 4 * whole if rank"),
-    ("core/processes.py", "        ctypes.CDLL(None).mallopt(-3, 2**23)", "        ctypes.CDLL(None)"),
+    ("core/processes.py", "        ctypes.CDLL(None).mallopt(-3, 24 * 2**20)", "        ctypes.CDLL(None)"),
     ("core/model.py", "full.tril(before - window)", "full.tril(before - window - 1)"),
     ("core/model.py", '("drop" in k or "jitter" in k)', '("jitter" in k)'),
     ("core/model.py", '    if rope.get("rope_type") == "longrope":', '    if rope.get("rope_type") == "none":'),

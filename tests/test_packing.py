@@ -406,7 +406,7 @@ import torch, common
 common.init(0)
 kept, found = [], []
 for _ in range(2):
-    large = [torch.ones(3_000_000) for _ in range(40)]
+    large = [torch.ones(7_000_000) for _ in range(17)]
     kept.append(torch.ones(500_000))  # on top of the heap
     del large
     found.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
