@@ -31,6 +31,22 @@ from core import records  # noqa: E402
 
 torch.set_num_threads(1)
 
+LONGEST = "real_model methods pages trust resume scripts faults bench damage gpu ready".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """A file's tests stay on one worker of xdist, so that what they share is made once."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadscope", False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that the workers end together."""
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
