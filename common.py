@@ -14,6 +14,7 @@ fixed before the first backward from counts over all micro-batches and all ranks
 """
 
 import math
+from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from core.model import (
     set_lr,
     shard,
 )
-from core.packing import lay_out, plan
+from core.packing import lay_out, measure, plan
 from core.processes import StopSignal, World, all_sum, exchange, fail, gather, init, print0, shutdown
 from core.records import RunLog, agree, finish, resume, save
 from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
@@ -272,20 +273,20 @@ class Batch:
     token_advantages: Tensor  # (B, T): the row's; on expert tokens the prefix's, where it has one of its own
     taught: Tensor  # (B,) bool; False: the expert's tokens are no target
     line: tuple  # the rows without padding: what Policy.forward begins with
-    place: tuple[Tensor, Tensor]  # (row, column) of each completion token in the line, (M,)
+    place: tuple[Tensor, Tensor]  # (row, column) of each completion token, (M,)
     numbers: list[int] = field(default_factory=list)  # of the rows among those of all ranks; none of a filler
     own: dict[int, Rollout] = field(default_factory=dict)  # by number what this rank made, wherever it is updated
 
 
-def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", filler: bool = False) -> Batch:
-    """Rows to tensors. A filler, for a rank that has no more rows, is a row whose masks are False.
+def make_batch(rollouts: list[Rollout], device="cpu", filler: bool = False, shared: list[int] = ()) -> Batch:
+    """Rows to tensors; shared as in lay_out. A filler, for a rank without rows, has no mask True.
 
     ValueError where a row has no prompt token or no completion token.
     """
     lengths = [len(r.completion_ids) for r in rollouts]
     if min(lengths) == 0 or min(len(r.problem.prompt_ids) for r in rollouts) == 0:
         raise ValueError("a row needs at least one prompt token and one completion token")
-    line, place = lay_out([(r.problem.prompt_ids, r.completion_ids) for r in rollouts], device)
+    line, place = lay_out([(r.problem.prompt_ids, r.completion_ids) for r in rollouts], device, shared)
     tokens = np.zeros((2, sum(lengths)), np.float32)
     for r, end, length in zip(rollouts, np.cumsum(lengths), lengths, strict=True):
         sampled, old = tokens[:, end - length : end]
@@ -305,7 +306,7 @@ def make_batch(rollouts: list[Rollout], device: torch.device | str = "cpu", fill
     return Batch(
         rollouts=rollouts,
         lengths=lengths,
-        completion_ids=pad(line[-1]),
+        completion_ids=pad(line[-2][line[-1]]),
         completion_mask=completion_mask,
         expert_mask=expert_mask,
         policy_mask=completion_mask & ~expert_mask,
@@ -331,21 +332,20 @@ def bare(rollout: Rollout) -> Rollout:
 def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
     """Rows as plan deals them, under a budget of prompt + completion tokens, 0: ours (collective).
 
-    A row moves to the rank that updates it. Every rank gets the same number, fillers where rows are
-    too few; none if no rank has a row.
+    What rows of a group begin with is computed once. A row moves to the rank that updates it. Every
+    rank gets the same number, fillers where rows are too few; none if no rank has a row.
     """
     max_tokens = max_tokens or (2**11 if world.device.type == "cpu" else 2**14)
-    sizes = gather([[len(r.problem.prompt_ids) + len(r.completion_ids) for r in rollouts]], world)
+    sizes = gather([measure([(r.problem.prompt_ids, r.completion_ids, r.num_expert_tokens) for r in rollouts])], world)
     steps = plan(sum(sizes, []), world.size, max_tokens)
     own = dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))
-    dealt = [[i for step in steps for i in step[rank] if i in own] for rank in range(world.size)]
+    dealt = [[i for step in steps for i, _ in step[rank] if i in own] for rank in range(world.size)]
     leaving = [{} if rank == world.rank else {i: bare(own[i]) for i in part} for rank, part in enumerate(dealt)]
-    here, batches = own.copy(), []
-    for part in exchange(leaving, world):
-        here |= part
+    here, batches = ChainMap(own, *exchange(leaving, world)), []
     blank = Rollout(Problem("filler", "", [0], "", None), [0])
-    for numbers in (step[world.rank] for step in steps):
-        batch = make_batch([here[i] for i in numbers] or [blank], world.device, filler=not numbers)
+    for step in steps:
+        numbers, shared = zip(*step[world.rank], strict=True) if step[world.rank] else ((), ())
+        batch = make_batch([here[i] for i in numbers] or [blank], world.device, filler=not numbers, shared=shared)
         batches.append(replace(batch, numbers=numbers, own=own))
     return batches
 

@@ -67,6 +67,5 @@ class LateEngine:
         if isinstance(weights, Policy) and not self.checked:
             self.checked = True
             (((ids, sampled),),) = self.decode([[1, 2, 3, 4]], [[]], 1, 4, 1.0, [0], 1.0)
-            row = torch.tensor([1, 2, 3, 4, *ids], device=next(weights.parameters()).device)
-            found = packed_logprobs(weights, [row])[3:]
+            found = packed_logprobs(weights, [[1, 2, 3, 4, *ids]], next(weights.parameters()).device)[3:]
             judge(found, found.new_tensor(sampled), "sampler and trainer")

@@ -10,7 +10,6 @@ from functools import partial
 import peft
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
@@ -26,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.config import RunConfig, resolve_model
 from core.memory import announce
+from core.packing import Rows, lay_out
 from core.processes import World, all_sum, fail, first_line, print0
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -142,26 +142,24 @@ def judge(found: Tensor, wanted: Tensor, what: str) -> None:
         fail(f"log-probabilities of {what} are {gap:.2g} nats apart, more than {limit:g}: it cannot be trained here")
 
 
-def packed_logprobs(policy: "Policy", rows: list[Tensor]) -> Tensor:
+def packed_logprobs(policy: "Policy", rows: list[list[int]], device: torch.device, shared: list[int] = ()) -> Tensor:
     """log pi of every token of each row but its first, from one packed line (collective)."""
-    line, lengths = torch.cat(rows), [len(row) for row in rows]
-    places = torch.cat([torch.arange(n, device=line.device) for n in lengths])
-    borders = F.pad(torch.tensor(lengths, device=line.device).cumsum(0), (1, 0)).to(torch.int32)
-    predict = places[1:].nonzero()[:, 0]
-    logprobs, _ = policy(line[None], places[None], borders, lengths, predict, line[predict + 1], 1.0, False)
-    return logprobs
+    return policy(*lay_out([(row[:1], row[1:]) for row in rows], device, shared)[0], 1.0, False)[0]
 
 
 @torch.no_grad()
 def check_packing(policy: "Policy", name: str, device: torch.device) -> None:
-    """Two short rows packed, beside each alone by transformers' own forward (collective)."""
+    """Three short rows packed, of which one shares its first tokens with another, beside each alone
+    by transformers' own forward (collective).
+    """
     model, alone = policy.model, []
-    rows = (torch.arange(5, 173, 7, device=device) % model.config.get_text_config().vocab_size).split([9, 15])
+    ids = [i % model.config.get_text_config().vocab_size for i in range(5, 173, 7)]
+    rows = [ids[:9], ids[9:], ids[9:16] + ids[:5]]
     try:
-        packed = packed_logprobs(policy, rows)
+        packed = packed_logprobs(policy, rows, device, [0, 0, 7])
         policy.eval().unshard()
         model.set_attn_implementation("eager")
-        for row in rows:
+        for row in (torch.tensor(ids, device=device) for ids in rows):
             logp = model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
             alone.append(logp.gather(1, row[1:, None])[:, 0])
         model.set_attn_implementation("packed")
@@ -181,32 +179,37 @@ def packed_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    cu_seqlens: Tensor | None = None,  # (rows + 1,) int32, where each row starts in the packed line
-    row_lengths: list[int] | None = None,
+    rows: Rows | None = None,
     **features: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each row: varlen_attn on CUDA (Ampere or newer), SDPA on a CPU, and
-    where a model asks for more (soft caps, sinks) its own eager function; else NotImplementedError.
+    """Causal attention inside each row, whose last tokens are the queries: varlen_attn on CUDA
+    (Ampere or newer), SDPA on a CPU, and where a model asks for more (soft caps, sinks) its own
+    eager function; else NotImplementedError.
     """
     ignored = "position_ids use_cache cache_position position_embeddings output_attentions output_router_logits"
     more = [name for name, setting in features.items() if setting is not None and name not in ignored.split()]
-    kind, longest, grouped = type(module), max(row_lengths or [0]), query.shape[1] != key.shape[1]
+    kind, grouped = type(module), query.shape[1] != key.shape[1]
     kernel = getattr(sys.modules[kind.__module__], "eager_attention_forward", None) if more else sdpa_attention_forward
-    if not longest or attention_mask is not None or kernel is None:
+    if rows is None or attention_mask is not None or kernel is None:
         lacks = " or ".join(["a mask of its own", "no borders of rows", *more])
         raise NotImplementedError(f"{kind.__name__} has {lacks}, which the packed attention cannot do")
+    if rows.seen is not None:
+        key, value = key[:, :, rows.seen], value[:, :, rows.seen]
+    longest = max(rows.keys)
     window = min(sliding_window or longest, longest)
     if query.is_cuda and not more:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        ends, seen = (cu_seqlens, cu_seqlens, longest, longest), (window - 1 if window < longest else -1, 0)
+        ends, seen = (*rows[2:4], max(rows.queries), longest), (window - 1 if window < longest else -1, 0)
         if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
             k, v, grouped = *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), False
         more = {"enable_gqa": True} if grouped else {}
         return varlen_attn(q, k, v, *ends, scale=scaling, window_size=seen, **more)[None], None
     out = []
-    for q, k, v in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True):
-        full = q.new_full((q.shape[2], q.shape[2]), -torch.inf) if more or q.shape[2] > window else None
-        hidden = None if full is None else (full.triu(1) + full.tril(-window))[None, None]
+    parts = (query.split(rows.queries, dim=2), key.split(rows.keys, dim=2), value.split(rows.keys, dim=2))
+    for q, k, v in zip(*parts, strict=True):
+        before = k.shape[2] - q.shape[2]
+        full = q.new_full((q.shape[2], k.shape[2]), -torch.inf) if more or before or k.shape[2] > window else None
+        hidden = None if full is None else (full.triu(before + 1) + full.tril(before - window))[None, None]
         out.append(kernel(module, q, k, v, hidden, scaling=scaling, dropout=0.0, **features)[0])
     return torch.cat(out, dim=1), None
 
@@ -251,17 +254,16 @@ class Policy(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # (1, tokens) the rows one after another
-        position_ids: Tensor,  # (1, tokens) restart at each row
-        cu_seqlens: Tensor,  # (rows + 1,)
-        row_lengths: list[int],
-        predict: Tensor,  # (M,) positions whose next token is a completion token
-        targets: Tensor,  # (M,) those tokens
+        position_ids: Tensor,  # (1, tokens) those of each row
+        rows: Rows,
+        predict: Tensor,  # (K,) positions whose next token is a completion token
+        targets: Tensor,  # (K,) those tokens
+        source: Tensor,  # (M,) which of the K a completion token is; one may be of several rows
         temperature: float,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        """(log-probability of each target, entropy of its distribution), both (M,)."""
-        rows = {"cu_seqlens": cu_seqlens, "row_lengths": row_lengths, "use_cache": False}
-        output = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, **rows)
+        """(log-probability of each completion token, entropy of its distribution), both (M,)."""
+        output = self.model.get_decoder()(input_ids=input_ids, position_ids=position_ids, rows=rows, use_cache=False)
         hidden = output.last_hidden_state[0, predict]
         numbers = 2**26 if hidden.is_cuda else 2**22  # of logits at a time; a CPU is slow to allocate more
         chunk = max(1, numbers // self.model.config.get_text_config().vocab_size)
@@ -269,7 +271,7 @@ class Policy(nn.Module):
             checkpoint(self.head, h, t, temperature, entropy_grad, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return tuple(torch.cat(part)[source] for part in zip(*parts, strict=True))
 
     def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         """(M, hidden size) -> as forward, at least in fp32."""

@@ -88,8 +88,8 @@ def test_a_leak_is_refused(name, folder, world, monkeypatch):
     """Attention over the whole packed line, as a model that ignores the borders would have it."""
     whole = core_model.packed_attention
 
-    def leaky(*args, row_lengths, **features):
-        return whole(*args, row_lengths=[sum(row_lengths)], **features)
+    def leaky(*args, rows, **features):
+        return whole(*args, rows=rows._replace(queries=[sum(rows.queries)], keys=[sum(rows.keys)]), **features)
 
     core_model.transformers.AttentionInterface.register("packed", leaky)
     try:

@@ -114,12 +114,12 @@ def on_ranks(request, tmp_path_factory):
 
 
 def assert_same(found: Found, expected: Found) -> None:
-    """Gradients at every clip, and metrics."""
+    """Gradients at every clip, and metrics; norms of hidden states are made in fp32."""
     assert len(found[0]) == len(expected[0])
     assert max(e.abs().max() for clip in expected[0] for e in clip) > 1e-3
     for mine, theirs in zip(found[0], expected[0], strict=True):
         scale = max((e.abs().max() for e in theirs), default=0.0)
-        assert all((f - e).abs().max() <= 1e-6 * scale for f, e in zip(mine, theirs, strict=True))
+        assert all((f - e).abs().max() <= 4e-6 * scale for f, e in zip(mine, theirs, strict=True))
     clocks = ("seconds", "tokens_per_second", "peak_memory")
     (mine, theirs) = ({k: v for k, v in x[1][0].items() if not k.startswith(clocks)} for x in (found, expected))
     assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)

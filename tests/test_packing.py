@@ -13,7 +13,7 @@ from conftest import SIZES, problem, random_model, run_script
 
 import common
 from core import model as core_model
-from core.packing import plan
+from core.packing import measure, plan, units
 from core.sampler import TransformersEngine
 
 
@@ -134,7 +134,7 @@ def test_microbatches_keep_every_row_once_and_the_budget(tokenizer, world):
     batches = common.microbatches(all_rows, 30, world)
     assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(id(r) for r in all_rows)
     for batch in batches:
-        assert len(batch.rollouts) == 1 or sum(batch.line[3]) <= 30
+        assert len(batch.rollouts) == 1 or sum(batch.line[2].queries) <= 30
 
 
 # Balance ------------------------------------------------------------------------------------------
@@ -164,27 +164,106 @@ def test_ranks_hardly_wait_for_each_other(law, budget):
     cost, efficiency, filling = lambda n: n + n * n / 41_000, [], []
     for seed in range(20):
         sizes = drawn_sizes(law, seed)
-        steps = plan(sizes, 8, budget)
-        slowest = sum(max(sum(cost(sizes[i]) for i in rows) for rows in step) for step in steps)
+        steps = plan([(size, 0) for size in sizes], 8, budget)
+        slowest = sum(max(sum(cost(sizes[i]) for i, _ in rows) for rows in step) for step in steps)
         efficiency.append(sum(map(cost, sizes)) / 8 / slowest)
         filling.append(sum(sizes) / 8 / len(steps) / budget)
     assert min(efficiency) >= 0.99  # less without the order of the micro-batches
     assert np.mean(filling) >= (0.9 if np.mean(sizes) > 1000 or budget == 2**14 else 0.8)  # four short ones, or three
 
 
+def drawn_rows(rng: random.Random) -> list[tuple[list, list, int]]:
+    """(prompt, completion, expert tokens) of groups: rows share a prompt, and some a prefix."""
+    rows = []
+    for _ in range(rng.randint(0, 8)):
+        prompt, trace = ([rng.randint(1, 9) for _ in range(rng.choice([1, 5, 30]))] for _ in range(2))
+        for _ in range(rng.randint(1, 8)):
+            expert = rng.choice([0, len(trace) // 2, len(trace)])
+            rows.append((prompt, trace[:expert] + [rng.randint(1, 9) for _ in range(rng.randint(1, 20))], expert))
+    return rows
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_a_plan_has_every_row_once_and_keeps_the_budget(ranks):
-    """Whatever the lengths: a row above the budget is alone, none is empty while rows are left."""
-    rng = random.Random(ranks)
+    """Whatever the lengths: a row above the budget is alone, none is empty while rows are left.
+    What a row is said to share is what the first of its unit begins with.
+    """
+    rng, budget, joined = random.Random(ranks), 50, 0
     for _ in range(200):
-        sizes = [rng.choice([rng.randint(2, 9), rng.randint(2, 99), 51]) for _ in range(rng.randint(0, 40))]
-        steps, budget = plan(sizes, ranks, 50), 50
+        rows = drawn_rows(rng)
+        measured = measure(rows)
+        sizes, steps = [size for size, _ in measured], plan(measured, ranks, budget)
         filled = [rows for step in steps for rows in step]
-        assert sorted(i for rows in filled for i in rows) == list(range(len(sizes)))
-        assert all(len(rows) <= 1 or sum(sizes[i] for i in rows) <= budget for rows in filled)
-        assert all(len(step) == ranks for step in steps) and steps == plan(sizes, ranks, 50)
-        assert len(steps) <= math.ceil(len(sizes) / ranks) and (all(filled) or len(sizes) < len(filled))
-    assert plan([], ranks, 50) == []
+        assert sorted(i for part in filled for i, _ in part) == list(range(len(sizes)))
+        assert all(len(part) <= 1 or sum(sizes[i] - shared for i, shared in part) <= budget for part in filled)
+        assert all(len(step) == ranks for step in steps) and steps == plan(measured, ranks, budget)
+        assert len(steps) <= math.ceil(len(sizes) / ranks)
+        for part in filled:
+            first = None
+            for i, shared in part:
+                first = i if not shared else first
+                assert sum(rows[i][:2], [])[:shared] == sum(rows[first][:2], [])[:shared] and shared < sizes[i]
+                assert not shared or shared >= len(rows[i][0])
+                joined += shared > 0
+        plain = plan([(size, 0) for size in sizes], ranks, budget)
+        assert len(plain) <= math.ceil(len(sizes) / ranks) and (all(map(all, plain)) or len(sizes) < ranks * len(plain))
+    assert plan([], ranks, budget) == [] and joined > 500
+
+
+def test_a_group_is_one_unit_where_that_is_cheaper():
+    """All rows of a prompt stand together, or those with a longer beginning by themselves."""
+    prompt, trace = [1] * 100, [2] * 60
+    rows = [(prompt, trace[:expert] + [3] * 10, expert) for expert in (0, 0, 60, 60, 60)]
+    assert measure(rows) == [(110, 0), (110, 100), (170, 100), (170, 160), (170, 160)]
+    assert units(measure(rows), 1000) == [[(0, 0), (1, 100)], [(2, 0), (3, 160), (4, 160)]]
+    assert units(measure(rows[2:]), 1000) == [[(0, 0), (1, 160), (2, 160)]]
+    assert units(measure(rows), 130) == [[(0, 0), (1, 100)], [(2, 0)], [(3, 0)], [(4, 0)]]
+    assert plan(measure(rows), 1, 1000) == [[[(2, 0), (3, 160), (4, 160), (0, 0), (1, 100)]]]
+
+
+def in_groups(tokenizer) -> tuple[list[common.Rollout], list[int]]:
+    """Rows of which some share a prompt, and some a prefix that has more tokens than one row."""
+    rows = []
+    for prompt, texts in (
+        ("what is it?", [("", "no"), ("", "perhaps a longer one"), ("", "x")]),
+        ("another", [("it is ", "7"), ("it is ", "eight"), ("it is ", "")]),
+        ("alone", [("", "text")]),
+    ):
+        for prefix, text in texts:
+            ids = [*tokenizer(prefix).input_ids, *tokenizer(text).input_ids, tokenizer.eos_token_id]
+            rows.append(common.Rollout(problem(prompt), ids, len(prefix)))
+    return rows, [0, 11, 11, 0, 13, 13, 0]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "qwen3", "gemma"])
+def test_what_a_group_shares_changes_nothing(architecture, tokenizer, world):
+    """Log-probabilities, entropies and gradients are those of whole rows; the line is shorter."""
+    found = []
+    for sharing in (False, True):
+        policy = common.shard(random_model(architecture, dtype=torch.float64), world)
+        made, shared = in_groups(tokenizer)
+        batch = common.make_batch(made, world.device, shared=shared if sharing else ())
+        logprobs, entropy = common.token_logprobs(policy, batch, 0.7, True)
+        weights = torch.arange(logprobs.numel()).reshape(logprobs.shape) % 7
+        ((logprobs + 0.3 * entropy) * weights).sum().backward()
+        gradients = [common.full_tensor(p.grad) for p in policy.parameters()]
+        found.append((batch, logprobs, entropy, *gradients))
+    (plain, *wanted), (batch, *got) = found
+    assert batch.line[0].numel() == plain.line[0].numel() - sum(shared) and plain.line[2].seen is None
+    assert len(batch.line[3]) == len(plain.line[3]) - 2 * len("it is ")  # its tokens have the first row's
+    for a, b in zip(wanted, got, strict=True):
+        assert (a - b).norm() < 1e-6 * a.norm()  # norms are made in fp32
+    for name, tensor in tensors(plain).items():
+        assert torch.equal(tensor, tensors(batch)[name]), name
+
+
+def test_microbatches_share_what_a_group_has_in_common(tokenizer, world):
+    """The rows of a group stand behind one prompt, and every row is there."""
+    made, shared = in_groups(tokenizer)
+    (batch,) = common.microbatches(made, 1000, world)
+    sizes = [len(r.problem.prompt_ids) + len(r.completion_ids) for r in made]
+    assert batch.line[0].numel() == sum(sizes) - sum(shared)
+    assert sorted(map(id, batch.rollouts)) == sorted(map(id, made))
 
 
 def made_rows(rank: int) -> list[common.Rollout]:
@@ -273,10 +352,11 @@ def test_overfit_one_row_reproduces_it_and_stops(tokenizer, world, model_folder)
 def test_unsupported_attention_is_refused():
     """A mask, borders that are not handed on, and a cap without an eager function."""
     layer, q = random_model("qwen2").model.layers[0].self_attn, torch.zeros(1, 4, 5, 8)
+    rows = core_model.Rows([5], [5], torch.tensor([0, 5]), torch.tensor([0, 5]), None)
     for module, mask, features in (
-        (layer, q, {"row_lengths": [5]}),
+        (layer, q, {"rows": rows}),
         (layer, None, {}),
-        (torch.nn.Linear(1, 1), None, {"softcap": 30.0, "row_lengths": [5]}),
+        (torch.nn.Linear(1, 1), None, {"softcap": 30.0, "rows": rows}),
     ):
         with pytest.raises(NotImplementedError, match="mask of its own or no borders of rows"):
             core_model.packed_attention(module, q, q, q, mask, 1.0, **features)
@@ -326,7 +406,7 @@ import torch, common
 common.init(0)
 kept, found = [], []
 for _ in range(2):
-    large = [torch.ones(3_000_000) for _ in range(40)]
+    large = [torch.ones(7_000_000) for _ in range(17)]
     kept.append(torch.ones(500_000))  # on top of the heap
     del large
     found.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)

@@ -109,7 +109,7 @@ def test_a_bf16_policy_takes_them(world, monkeypatch):
     policy, taken = common.shard(random_model("qwen2", dtype=torch.bfloat16), world), []
     whole = core.model.Fp32Logits.forward
     monkeypatch.setattr(core.model.Fp32Logits, "forward", lambda ctx, *a: taken.append(a[0].dtype) or whole(ctx, *a))
-    logprobs = core.model.packed_logprobs(policy, [torch.arange(9)])
+    logprobs = core.model.packed_logprobs(policy, [[*range(9)]], world.device)
     logprobs.sum().backward()
     assert logprobs.dtype == torch.float32 and set(taken) == {torch.bfloat16}
 
@@ -130,6 +130,7 @@ def test_varlen_attention_is_asked_as_this_torch_has_it(torch_has_gqa, monkeypat
     on_cuda = type("OnCuda", (torch.Tensor,), {"is_cuda": True})
     q, k = torch.randn(1, 8, 12, 16).as_subclass(on_cuda), torch.randn(1, 2, 12, 16)
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
-    out, _ = core.model.packed_attention(None, q, k, k, None, 0.25, cu_seqlens=borders, row_lengths=[5, 7])
+    rows = core.model.Rows([5, 7], [5, 7], borders, borders, None)
+    out, _ = core.model.packed_attention(None, q, k, k, None, 0.25, rows=rows)
     assert out.shape == (1, 12, 8, 16)
     assert seen == [(2, 2, True, (-1, 0), 7) if torch_has_gqa else (8, 8, False, (-1, 0), 7)]
