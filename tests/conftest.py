@@ -42,8 +42,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that the workers end together."""
-    names = [f"test_{name}" for name in LONGEST]
+    """On a worker of xdist the longest files first, so that the workers end together."""
+    names = [f"test_{name}" for name in LONGEST] if "PYTEST_XDIST_WORKER" in os.environ else []
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
