@@ -376,7 +376,10 @@ def resume(log: RunLog, state: State) -> tuple[int, dict]:
         dcp.load(loaded, checkpoint_id=found)  # and gives the models theirs
         for name, entry in stepped.items():
             if isinstance(entry, tuple):
+                groups = [{k: v for k, v in group.items() if k != "params"} for group in entry[1].param_groups]
                 sharded.set_optimizer_state_dict(*entry, optim_state_dict=loaded[name])
+                for group, now in zip(entry[1].param_groups, groups, strict=True):
+                    group.update(now)  # what the flags say now, --weight_decay among them
         extra = json.loads((found / "state.json").read_text())
         if extra.get("data", log.cfg.run.data_hash) != log.cfg.run.data_hash:
             fail(f"{found} was trained on other problems than --data {log.cfg.run.data} gives")

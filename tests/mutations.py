@@ -562,6 +562,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/packing.py", "own = before >= shared[row] - 1", "own = before >= shared[row]"),
     ("core/packing.py", "shared = min(shared, rows[start][1])", "shared = rows[start][1]"),
     ("core/packing.py", "plans[slowest.index(min(slowest))]", "plans[-1]"),
+    ("core/records.py", "                    group.update(now)", "                    pass"),
     ("core/model.py", "(full.triu(before + 1) + full.tril(before - window))", "(full.triu(1) + full.tril(-window))"),
     ("common.py", "batch.own[i].old_logprobs = values", "batch.rollouts[0].old_logprobs = values"),
     ("common.py", "dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))", "dict(enumerate(rollouts))"),

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import warm
 from conftest import ROOT, read_metrics, run_script, train
+from safetensors.torch import load_file
 
 from core.records import complete_checkpoints
 
@@ -63,6 +65,17 @@ def test_sigterm_saves_and_stops(straight, tmp_path):
     assert saved and not (out / "final").exists()
     run_script("bread.py", "--resume", str(out))
     assert read_metrics(out) == read_metrics(straight / "bread")
+
+
+def test_a_flag_of_the_optimizer_may_change(straight, tmp_path):
+    """--weight_decay at --resume: a decay of lr x 1000 = 1 leaves of each weight its last step."""
+    whole, out = straight / "sft", tmp_path / "sft"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "final")
+    run_script("sft.py", "--resume", str(out), *"--steps 7 --weight_decay 1000 --lr 0.001 --final_lr 1".split())
+    before, after = (load_file(run / "final/model.safetensors") for run in (whole, out))
+    name = "model.embed_tokens.weight"
+    assert after[name].abs().max() < 0.01 < 0.1 < before[name].abs().max()
 
 
 def test_resume_on_another_number_of_ranks(straight, tmp_path):
