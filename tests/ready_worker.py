@@ -39,4 +39,3 @@ if __name__ == "__main__":
     common.all_sum(torch.ones(1), world)
     print(f"rank {world.rank} is done\n", end="", flush=True)
     common.shutdown()
-    time.sleep(3 * processes.PATIENCE / 20)  # else Python may end within the watch, which aborts the process
