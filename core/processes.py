@@ -1,5 +1,6 @@
 """Processes: one world of ranks for `python x.py` and torchrun alike, and how a run ends."""
 
+import atexit
 import ctypes
 import os
 import pickle
@@ -50,18 +51,20 @@ def init(seed: int) -> World:
         place = {"rank": rank, "world_size": size, "device_id": device if cuda else None}
         dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, store=store, **place)
         if size > 1:
-            threading.Thread(target=watch, args=(rank, size), daemon=True).start()
+            ended = threading.Event()
+            watcher = threading.Thread(target=watch, args=(rank, size, ended), daemon=True)
+            watcher.start()
+            atexit.register(lambda: (ended.set(), watcher.join(5)))  # Python aborts where a thread is in the store then
     torch.manual_seed(seed)
     sys.excepthook = explain
     return World(rank, size, device)
 
 
-def watch(rank: int, size: int) -> None:
+def watch(rank: int, size: int, ended: threading.Event) -> None:
     """In a thread: leave this rank's phase in the store; rank 0 tells all where none ends."""
     store, told = dist.distributed_c10d._get_default_store().clone(), time.perf_counter()
     try:
-        while dist.is_initialized():
-            time.sleep(PATIENCE / 20)
+        while dist.is_initialized() and not ended.wait(PATIENCE / 20):
             (phase, since), now = doing, time.perf_counter()
             store.set(f"phase of rank {rank}", f"{phase} since {now - since:.0f} s")
             if rank == 0 and now - max(told, since) > PATIENCE:

@@ -5,8 +5,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import make  # noqa: E402
+import warm  # noqa: E402
 from real_model import real_model  # noqa: E402
 
 import common  # noqa: E402
 from core import records  # noqa: E402
 
 torch.set_num_threads(1)
+
+LONGEST = "real_model methods pages trust resume scripts faults bench damage gpu ready".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """A file's tests stay on one worker of xdist, so that what they share is made once."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadscope", False
+
+
+def pytest_collection_modifyitems(items):
+    """On a worker of xdist the longest files first, so that the workers end together."""
+    names = [f"test_{name}" for name in LONGEST] if "PYTEST_XDIST_WORKER" in os.environ else []
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
 
 SIZES = {
     "hidden_size": 32,
@@ -116,16 +136,33 @@ def easy_problems(path: Path) -> None:
 
 
 def run_script(
-    *args: str, nproc: int = 1, check: bool = True, timeout: int = 300, cwd: Path = ROOT
+    *args: str, nproc: int = 1, check: bool = True, timeout: int = 300, cwd: Path = ROOT, fresh: bool = False
 ) -> subprocess.CompletedProcess:
-    """Run a script as a user does: python, or torchrun for more than one process."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    command = [*(start if nproc > 1 else [sys.executable]), *args]
+    """Run a script to its end on so many ranks, forked; or, fresh, as a user does: by python, or by
+    torchrun for more than one process.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    command = [sys.executable, *(torchrun if fresh and nproc > 1 else []), *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
-    options = {"cwd": cwd, "capture_output": True, "text": True, "timeout": timeout, "env": environment}
-    done = subprocess.run(command, check=False, **options)
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(args)}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    places: list[dict[str, str]] = [{}]
+    if nproc > 1 and not fresh:
+        with socket.create_server(("localhost", 0)) as server:
+            world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(nproc)}
+        places = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        popen, options = subprocess.Popen if fresh else warm.Popen, {"cwd": cwd, "stdout": out, "stderr": err}
+        ranks, until = [popen(command, env=environment | place, **options) for place in places], time.time() + timeout
+        while any(rank.poll() is None for rank in ranks):
+            late = time.time() > until
+            for rank in ranks if late or any(rank.returncode for rank in ranks) else []:
+                rank.kill() if late else rank.terminate()  # where one failed the others end, as under torchrun
+            time.sleep(0.02)
+        out.seek(0)
+        err.seek(0)
+        code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+        done = subprocess.CompletedProcess(command, code, out.read(), err.read())
+    if check and code != 0:
+        raise AssertionError(f"{' '.join(args)}: exitcode : {code} \n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import tyro
+import warm
 from conftest import ROOT, easy_problems, read_metrics
 from safetensors.torch import load_file
 from test_methods import FLAGS
@@ -91,7 +92,8 @@ def start(trial: Trial, ranks: int, *flags: object, torchrun: tuple | list = ())
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else an agent that joins later waits in vain (torch 2.13)
-    return subprocess.Popen([str(part) for part in (*command, *flags)], cwd=ROOT, env=environment, **options)
+    popen = subprocess.Popen if launch else warm.Popen  # torchrun is what is tried
+    return popen([str(part) for part in (*command, *flags)], cwd=ROOT, env=environment, **options)
 
 
 def family(pid: int) -> list[int]:

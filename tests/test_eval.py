@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, run_script
 
 import common
@@ -124,7 +125,7 @@ def test_a_real_kill(tmp_path):
     flags = ["eval.py", "--model", "tiny", "--data", str(tmp_path / "many.jsonl"), "--samples", "2"]
     flags += ["--max_tokens", "40", "--out"]
     command, environment = [sys.executable, *flags, str(tmp_path / "out")], {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    process = warm.Popen(command, cwd=ROOT, env=environment)
     samples, limit = tmp_path / "out/many.samples.jsonl", time.time() + 100
     while not (samples.exists() and samples.stat().st_size) and time.time() < limit:
         time.sleep(0.01)

@@ -1,11 +1,14 @@
 """What only a CUDA device shows: varlen attention, bf16 compute over fp32 masters, NCCL."""
 
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import warm
 from conftest import ROOT, byte_tokenizer, problem, random_model, read_metrics, run_script
 
 import common
@@ -82,9 +85,14 @@ def test_the_same_step_small(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_make_gpu_at_toy_size(tmp_path):
+def test_make_gpu_at_toy_size(tmp_path, monkeypatch):
     """Every part of the page is there, of four methods each."""
-    run_script("results/gpu.py", "--device", "cpu", "--out", str(tmp_path / "gpu.md"), timeout=800)
+
+    def popen(command, **options):
+        return (subprocess.Popen if "-m" in command else warm.Popen)(command, **options)
+
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
+    gpu.main(gpu.Config("cpu", out=str(tmp_path / "gpu.md")))
     page = (tmp_path / "gpu.md").read_text()
     assert "FAILED" not in page and "left out" not in page and "commit " in page and "MFU" in page, page
     for method in gpu.METHODS:

@@ -29,9 +29,9 @@ def test_a_slow_rank_is_named():
 
 
 def test_a_dead_rank_ends_the_others():
-    """Within a minute, with a sentence that names it."""
+    """Under torchrun, within a minute, with a sentence that names it."""
     start = time.perf_counter()
-    done = run_script("tests/ready_worker.py", "dead", nproc=2, check=False)
+    done = run_script("tests/ready_worker.py", "dead", nproc=2, check=False, fresh=True)
     assert done.returncode and time.perf_counter() - start < 60
     assert "SIGKILL" in done.stderr and "is done" not in done.stdout
 

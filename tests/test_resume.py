@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, read_metrics, run_script, train
 from safetensors.torch import load_file
 
@@ -34,7 +35,7 @@ def run_until(script: str, out: Path, lines: int, how: int) -> None:
     """Start a run and send it a signal as soon as metrics.jsonl has that many lines."""
     command = [sys.executable, f"{script}.py", *SMALL, *EXTRA[script], "--out", str(out)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    process = warm.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= lines:

@@ -108,7 +108,7 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
 def test_out_is_runs_of_the_current_folder(tmp_path):
     """Wherever the script is: without --out a run is where it was started."""
     small = ["--model", "tiny", "--test_data", "", "--steps", "1", "--problems_per_step", "1"]
-    run_script(str(ROOT / "sft.py"), *small, cwd=tmp_path)
+    run_script(str(ROOT / "sft.py"), *small, cwd=tmp_path, fresh=True)
     (out,) = (tmp_path / "runs").iterdir()
     assert out.name.startswith("sft-tiny-") and (out / "final/model.safetensors").is_file()
     assert not (ROOT / "runs" / out.name).exists()
@@ -116,10 +116,11 @@ def test_out_is_runs_of_the_current_folder(tmp_path):
 
 # Runs ---------------------------------------------------------------------------------------------
 def test_two_processes_with_fewer_problems_than_ranks(tmp_path):
-    """One rank has no problem at all: neither a hang nor another result."""
+    """One rank of torchrun's two has no problem at all: neither a hang nor another result."""
     small = ["--model", "tiny", "--steps", "1", "--problems_per_step", "1", "--group_size", "4", "--test_data", ""]
     for nproc in (1, 2):
-        run_script("bread.py", *small, "--out", str(tmp_path / str(nproc)), nproc=nproc, timeout=120)
+        out = str(tmp_path / str(nproc))
+        run_script("bread.py", *small, "--out", out, nproc=nproc, timeout=120, fresh=nproc > 1)
     one, two = (read_metrics(tmp_path / nproc)[0] for nproc in ("1", "2"))
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3, abs=1e-5)
     assert two["reward"] == one["reward"]

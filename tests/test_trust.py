@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, byte_tokenizer, random_model, read_metrics, run_script, train
 
 import common
@@ -196,7 +197,9 @@ def start(*args: str, nproc: int = 1) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, *(torchrun if nproc > 1 else []), *args]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return (subprocess.Popen if nproc > 1 else warm.Popen)(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options
+    )
 
 
 def read_until(process: subprocess.Popen, wanted: str) -> str:
