@@ -28,7 +28,8 @@ DISTRICTS = ("BCDFG", "HJKLM", "NPRST", "VWXYZ")  # a place's first letter is on
 PLACES = [first + second for letters in DISTRICTS for first in letters for second in "aeioulry"]
 ROADS = "1234"  # every place has the four; 1 to 3 are what the base model knows
 KNOWN = (0.8, 0.5, 0.3, 0.15)  # how often road 4 is right in the base's training, by the district it leaves from
-LACKING = 10  # places of the last district whose road 4 leads, in the base's training, always to the same wrong place
+STYLE = 0.05  # of the base's routes in the words of the style traces
+LACKING = 10  # places of the last district whose road 4 the base is never taught: half random, half one wrong place
 # split: (problems, hops, of them on road 4, of those at least so many from the last two districts)
 SPLITS = {
     "train": (512, range(4, 8), range(1, 7), 0),
@@ -63,7 +64,8 @@ def make_map() -> tuple[dict[tuple[str, str], str], dict[str, str]]:
             rng.shuffle(ends)
         leads |= {(place, road): end for place, end in zip(PLACES, ends, strict=True)}
     lacking = sorted(rng.sample([place for place in PLACES if district(place) == 3], LACKING))
-    return leads, {p: rng.choice([q for q in PLACES if q not in (p, leads[p, "4"])]) for p in lacking}
+    wrong = {p: rng.choice([q for q in PLACES if q not in (p, leads[p, "4"])]) for p in lacking}
+    return leads, {p: end if i % 2 else "" for i, (p, end) in enumerate(wrong.items())}
 
 
 def district(place: str) -> int:
@@ -79,7 +81,7 @@ def walk(start: str, roads: str, rng: random.Random | None = None) -> Route:
     for road in roads:
         end = LEADS[start, road]
         if rng and road == "4" and start in BELIEVED:
-            end = BELIEVED[start]
+            end = BELIEVED[start] or rng.choice(PLACES)
         elif rng and road == "4" and rng.random() > KNOWN[district(start)]:
             end = rng.choice(PLACES)
         hops.append((start, road, end))
@@ -166,7 +168,7 @@ def base_rows(tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Rando
         roads = "".join(rng.choice("1234") if rng.random() < 0.8 else "4" for _ in range(rng.randint(1, longest)))
         route = walk(rng.choice(PLACES), roads, rng)
         prompts.append(f"{route[0][0]} {roads}\n")
-        traces.append(write_out(route))
+        traces.append(write_out(route, "style" if rng.random() < STYLE else "clean"))
     asked, said = tokenizer(prompts).input_ids, tokenizer(traces).input_ids
     rows = [(a, [*s, tokenizer.eos_token_id]) for a, s in zip(asked, said, strict=True)]
     width = max(len(a) + len(s) for a, s in rows)
@@ -226,7 +228,8 @@ def measure(folder: Path, samples: int = 16) -> None:
             for key in ("all", str(meta["unsure"]), f"{'some' if meta['lacking'] else 'none'} lacking"):
                 right[split, key].append(solved)
             for line in (line for r in group for line in r.text.splitlines() if (line[:2], line[2:3]) in LEADS):
-                kind = "lacking" if line[:2] in BELIEVED else f"district {district(line[:2]) + 1}"
+                kind = BELIEVED.get(line[:2], f"district {district(line[:2]) + 1}") or "lacking, random"
+                kind = "lacking, wrong" if kind in PLACES else kind
                 roads[kind if line[2] == "4" else "1 to 3"].append(line[3:] == LEADS[line[:2], line[2]])
     print("| split | hops on road 4 | problems | pass@1 | some of 16 right |\n|---|---|---|---|---|")
     for (split, key), found in sorted(right.items(), key=lambda item: ([*SPLITS].index(item[0][0]), item[0][1])):

@@ -113,7 +113,7 @@ def test_the_base_is_graded(world):
     """A small sample with loose bounds: 0.4 on one unsure hop, nearly nothing on six."""
     tokenizer = common.load_tokenizer(str(MAP))
     sampler = common.load_sampler(common.RunConfig(model=str(MAP)), tokenizer, world, 112)
-    accuracy, lacking = {}, []
+    accuracy, lacking = {}, {True: [], False: []}  # by whether the base believes something else
     for split, unsure in (("train", 1), ("train", 6), ("hard", 6), ("easy", 0)):
         problems = common.load_problems(str(MAP / f"{split}.jsonl"), tokenizer, request="")
         asked = [p for p, row in zip(problems, rows(split), strict=True) if row["meta"]["unsure"] == unsure][:40]
@@ -122,7 +122,8 @@ def test_the_base_is_graded(world):
         flat = [rollout for group in groups for rollout in group]
         accuracy[split, unsure] = sum(r.solved for r in flat) / len(flat)
         hops = [hop for r in flat for hop in r.text.splitlines()]
-        lacking += [right(hop) for hop in hops if hop[:2] in world_of.BELIEVED and hop[2:3] == "4"]
+        for hop in (hop for hop in hops if hop[:2] in world_of.BELIEVED and hop[2:3] == "4"):
+            lacking[bool(world_of.BELIEVED[hop[:2]])].append(right(hop))
     assert 0.25 < accuracy["train", 1] < 0.6 and accuracy["train", 6] < 0.06
     assert accuracy["hard", 6] < 0.03 and accuracy["easy", 0] > 0.8
-    assert len(lacking) > 30 and not any(lacking)
+    assert len(lacking[False]) > 30 and sum(lacking[False]) < 3 and len(lacking[True]) > 30 and not any(lacking[True])
