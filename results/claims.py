@@ -122,6 +122,7 @@ class Config:
     hours: float = 1e9
     count: bool = False
     steps: int = 60  # of a run; fewer for a trial, with its own --out
+    samples: int = 16  # of each problem of the four splits, at the end
     out: Path = Path("runs/claims")
 
 
@@ -136,7 +137,7 @@ def arm(name: str, script: str, steps: int, lr: float, data: str = "", **own: ob
     """A training of one of the two arms."""
     scaled = {k: max(1, round(v * steps)) for k, v in SCALED.get(script, {}).items()}
     if name == "controlled":
-        flags = has(script, CONTROLLED | scaled | {"clip_high": 0.28 if script == "dapo" else 0.2})
+        flags = has(script, scaled | CONTROLLED | {"clip_high": 0.28 if script == "dapo" else 0.2})
     else:
         flags = has(script, {k: v for k, v in PAPER.items() if k not in METHODS}) | PAPER.get(script, {}) | scaled
     rates = {"lr": lr} | has(script, {"sft_lr": lr})  # bridge's adapter takes lr
@@ -211,12 +212,17 @@ def break_sft(bug: str, sft: ModuleType) -> None:
     sft.loss_fn = mean_of_means if bug == "mean_of_means" else loss_fn
 
 
+def command_line(flags: dict) -> list[str]:
+    """Flags as words of a command."""
+    switches = {True: "--", False: "--no-"}
+    words = [[switches[v] + k] if isinstance(v, bool) else [f"--{k}", str(v)] for k, v in flags.items()]
+    return sum(words, [])
+
+
 def train(script: str, flags: dict, folder: Path, bug: str) -> list[dict]:
     """The file's own main with these flags, in this process; its metrics."""
     module, kept = importlib.import_module(script), common.microbatches
-    words = [part for k, v in flags.items() for part in (("--" if v is not False else "--no-") + k, str(v))]
-    words = [word for word in words if word not in ("True", "False")]
-    sys.argv = [f"{script}.py", *words, "--out", str(folder)]
+    sys.argv = [f"{script}.py", *command_line(flags), "--out", str(folder)]
     if bug != "correct" and script == "sft":
         break_sft(bug, module)
     module.main(common.parse(module.Config))
@@ -225,10 +231,10 @@ def train(script: str, flags: dict, folder: Path, bug: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def measure(model: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Every split by eval.py, 16 samples a problem: {split: {"pass@1": ..., "pass@16": ...}}."""
+def measure(model: str, folder: Path, samples: int) -> dict[str, dict[str, float]]:
+    """Every split by eval.py: {split: {"pass@1": ..., "pass@16": ...}}."""
     module = importlib.import_module("eval")
-    sys.argv = f"eval.py --model {model} --out {folder} --samples 16 --k 1 16".split()
+    sys.argv = f"eval.py --model {model} --out {folder} --samples {samples} --k 1 {samples}".split()
     module.main(common.parse(module.Config))
     report = json.loads((folder / "report.json").read_text())
     splits = {Path(name).stem: entry["result"] for name, entry in report.items()}
@@ -249,7 +255,7 @@ def curves(lines: list[dict], every: int = 10) -> dict[str, list]:
     return {name: values for name, values in found.items() if any(values)}
 
 
-def run(cell: Cell, seed: int, out: Path) -> dict:
+def run(cell: Cell, seed: int, out: Path, samples: int) -> dict:
     """Train and measure, in a process of its own: the record."""
     folder, start = out / f"{cell.name.replace('/', '-').replace(' ', '_')}-{seed}", time.time()
     shutil.rmtree(folder, ignore_errors=True)
@@ -272,7 +278,7 @@ def run(cell: Cell, seed: int, out: Path) -> dict:
     config = json.loads((here / "config.json").read_text())
     record = {"cell": cell.name, "seed": seed, "stages": cell.stages, "bug": cell.bug, "threads": cell.threads}
     record["accuracy"] = {line["step"]: line["test_accuracy"] for line in lines if "test_accuracy" in line}
-    record |= {"splits": measure(model, folder / "eval"), "curves": curves(lines)}
+    record |= {"splits": measure(model, folder / "eval", samples), "curves": curves(lines)}
     record["seconds"] = {k[8:]: round(sum(line.get(k, 0) for line in lines)) for k in lines[0] if k[:8] == "seconds_"}
     made = {k: config[k] for k in ("commit", "dirty", "versions", "hardware")}
     return record | made | {"wall": round(time.time() - start)}
@@ -310,7 +316,7 @@ def main(cfg: Config) -> None:
                 while todo and len(running) < cfg.jobs and time.time() < until:
                     cell, seed = todo.pop(0)
                     tried.add((cell.name, seed))
-                    running[pool.submit(run, cell, seed, cfg.out.resolve())] = f"{cell.name}, seed {seed}"
+                    running[pool.submit(run, cell, seed, cfg.out.resolve(), cfg.samples)] = f"{cell.name}, seed {seed}"
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                     name = running.pop(future)
                     if future.exception():

@@ -191,7 +191,7 @@ def small_run(cfg, gpus: int) -> tuple[object, list[common.Problem]]:
     flags |= {"buffer_size": gpus, "updates_per_step": updates, "max_completion_tokens": length - prompt}
     flags = {name: flag for name, flag in flags.items() if hasattr(cfg, name)}
     trace = [5] * (length - prompt)
-    made = [common.Problem(str(i), "", [5] * prompt, "1", trace) for i in range(8 * problems)]
+    made = [common.Problem(str(i), "", [i, *[5] * (prompt - 1)], "1", trace) for i in range(8 * problems)]
     return core.config.with_flags(cfg, flags | {"test_data": "", "tokens_per_microbatch": tokens}), made
 
 

@@ -416,4 +416,4 @@ print(found[1] - found[0])
 
 def test_freed_memory_goes_back():
     """A micro-batch is not kept by the allocator below a small tensor that outlives it."""
-    assert float(run_script("-c", FREED).stdout) < 100
+    assert float(run_script("-c", FREED, fresh=True).stdout) < 100
