@@ -40,10 +40,10 @@ def units(rows: list[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]
             tokens = total - (end - start - 1) * shared
             if start < end - 1 and (not shared or tokens > limit):
                 break
-            unit = [(start, 0), *((i, shared) for i in range(start + 1, end))]
-            options.append((best[start][0] + tokens, [unit, best[start][1]]))
+            options.append((best[start][0] + tokens, start, shared))
             shared = min(shared, rows[start][1])
-        best.append(min(options, key=lambda option: option[0]))
+        tokens, start, shared = min(options, key=lambda option: option[0])
+        best.append((tokens, [[(start, 0), *((i, shared) for i in range(start + 1, end))], best[start][1]]))
     found, chain = [], best[-1][1]
     while chain:
         found, chain = [chain[0], *found], chain[1]

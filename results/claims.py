@@ -179,7 +179,7 @@ def cells(records: list[dict], steps: int) -> list[Cell]:
             data = f"tail_{traces}.jsonl"
             one = (arm("controlled", script, steps, own[script], data),) if script in METHODS else None
             found.append(Cell(f"tail/{script}, {traces}", one or then_grpo("controlled", rates, steps, data)))
-    found += [Cell(f"audit/sft then grpo, {b}", then_grpo("controlled", rates, steps), five, b) for b in BUGS]
+    found += [Cell(f"audit/sft then grpo, {b}", then_grpo("controlled", rates, steps), five, b) for b in BUGS[1:]]
     found.append(Cell("threads/grpo", (arm("controlled", "grpo", steps, own["grpo"]),), (0,), threads=2))
     return found
 
