@@ -66,7 +66,11 @@ SCALED = {  # schedules, in shares of the run as in each paper's own
     "chord": {"mu_decay": 0.4},
     "dapo": {"warmup_steps": 0.02},
 }
-PAPER = {"problems_per_step": 32, "dapo": {"group_size": 8, "updates_per_step": 2}, "relift": {"buffer_size": 32}}
+PAPER = {  # what stands beside the problems of a step in the file's defaults, for 32 of them
+    "dapo": {"updates_per_step": 2},
+    "relift": {"buffer_size": 32},
+    "bridge": {"sft_problems_per_step": 16},
+}
 
 # name: (file, what is switched), each under `controlled`
 ABLATIONS = {
@@ -139,7 +143,9 @@ def arm(name: str, script: str, steps: int, lr: float, data: str = "", **own: ob
     if name == "controlled":
         flags = has(script, scaled | CONTROLLED | {"clip_high": 0.28 if script == "dapo" else 0.2})
     else:
-        flags = has(script, {k: v for k, v in PAPER.items() if k not in METHODS}) | PAPER.get(script, {}) | scaled
+        config = importlib.import_module(script).Config()  # whose defaults the map's settings.json would replace
+        own_defaults = {k: getattr(config, k, getattr(config.run, k, None)) for k in has(script, CONTROLLED)}
+        flags = own_defaults | {"problems_per_step": 32} | PAPER.get(script, {}) | scaled
     rates = {"lr": lr} | has(script, {"sft_lr": lr})  # bridge's adapter takes lr
     return script, flags | rates | ({"data": data} if data else {}) | {"steps": steps} | own
 

@@ -58,6 +58,16 @@ def test_controlled_differs_only_by_what_is_the_methods_own():
                 )
 
 
+def test_paper_has_the_files_defaults():
+    """But for the rate, 32 problems a step, and what is scaled to them and to the run."""
+    given = {"lr", "sft_lr", "steps", "problems_per_step"}
+    for cell in claims.cells(GRID, 60):
+        for script, flags in cell.stages if cell.name.startswith("paper/") else ():
+            config, scaled = importlib.import_module(script).Config(), {*claims.SCALED.get(script, {})}
+            other = {k for k, v in flags.items() if v != getattr(config, k, getattr(config.run, k, None))}
+            assert other <= given | scaled | {*claims.PAPER.get(script, {})}, script
+
+
 @pytest.mark.parametrize("bug", claims.BUGS)
 def test_the_bugs_of_sft_are_the_published_ones(bug, world, monkeypatch):
     """Their weights of each micro-batch are those of results/accumulation_bugs.py."""
