@@ -37,8 +37,8 @@ QWEN_1_5B = {
 def test_packed_logprobs_on_cuda(world):
     """bf16 varlen attention against fp32 SDPA of each row alone, and gradients in fp32."""
     policy = common.shard(random_model("qwen2"), world)
-    rows = [common.Rollout(problem("p" * n), [5] * n + [0]) for n in (1, 9, 30)]
-    batch = common.make_batch(rows, world.device)
+    rows = [common.Rollout(problem("p" * n), [token] * n + [0]) for n, token in ((1, 5), (9, 5), (9, 6), (30, 5))]
+    batch = common.make_batch(rows, world.device, shared=[0, 0, 9, 0])  # of two rows the prompt stands once
     logprobs, _ = common.token_logprobs(policy, batch, 1.0)
     stock = random_model("qwen2", attention="sdpa")
     for b, row in enumerate(rows):
