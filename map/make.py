@@ -8,18 +8,17 @@ python map/make.py --measure           only the table of what the base model doe
 
 import argparse
 import json
-import math
 import random
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path[:0] = [str(HERE.parent / "tiny"), str(HERE.parent)]
+
+import make  # noqa: E402  tiny/make.py
 
 import common  # noqa: E402
 
@@ -144,71 +143,21 @@ def with_traces(rows: list[dict], kind: str) -> list[dict]:
     return found
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 # The base model -----------------------------------------------------------------------------------
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte level without merges: any text can be fed. `\\boxed{` is one token, one decision."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False, special=False)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
-    )
-
-
-def base_rows(tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random, longest: int):
-    """(ids, labels) of routes as the base's training has them; only their traces are learned."""
-    prompts, traces = [], []
-    for _ in range(BASE_TOKENS // (12 + 4 * longest)):
-        roads = "".join(rng.choice("1234") if rng.random() < 0.8 else "4" for _ in range(rng.randint(1, longest)))
-        route = walk(rng.choice(PLACES), roads, rng)
-        prompts.append(f"{route[0][0]} {roads}\n")
-        traces.append(write_out(route, "style" if rng.random() < STYLE else "clean"))
-    asked, said = tokenizer(prompts).input_ids, tokenizer(traces).input_ids
-    rows = [(a, [*s, tokenizer.eos_token_id]) for a, s in zip(asked, said, strict=True)]
-    width = max(len(a) + len(s) for a, s in rows)
-    ids = torch.tensor([a + s + [tokenizer.pad_token_id] * (width - len(a) - len(s)) for a, s in rows])
-    return ids, torch.tensor([[-100] * len(a) + s + [-100] * (width - len(a) - len(s)) for a, s in rows])
-
-
 def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
     """A model that writes well-formed routes and knows road 4 as well as KNOWN and BELIEVED say."""
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)
-    config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        initializer_range=0.08,  # the usual 0.02 learns the map several times slower at this size
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = transformers.Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, weight_decay=0.01, betas=(0.9, 0.99))
-    rng = random.Random(SEED + 2)
-    for update in range(BASE_UPDATES):
-        ids, labels = base_rows(tokenizer, rng, 2 if update < SHORT_UPDATES else 11)
-        rate = min(1, (update + 1) / 50) * (0.525 + 0.475 * math.cos(math.pi * update / BASE_UPDATES))
-        for group in optimizer.param_groups:
-            group["lr"] = BASE_LR * rate
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if update % 100 == 0 or update + 1 == BASE_UPDATES:
-            print(f"update {update:>4} loss {loss.item():.4f}", flush=True)
+    model, rng = make.make_model(tokenizer), random.Random(SEED + 2)
+
+    def draw(update: int) -> list[tuple[str, str]]:
+        longest, rows = 2 if update < SHORT_UPDATES else 11, []
+        for _ in range(BASE_TOKENS // (12 + 4 * longest)):
+            roads = "".join(rng.choice("1234") if rng.random() < 0.8 else "4" for _ in range(rng.randint(1, longest)))
+            route = walk(rng.choice(PLACES), roads, rng)
+            prompt = f"{route[0][0]} {roads}\n"
+            rows.append((prompt, write_out(route, "style" if rng.random() < STYLE else "clean")))
+        return rows
+
+    make.learn(model, tokenizer, draw, BASE_UPDATES, BASE_LR, floor=0.05)
     return model
 
 
@@ -254,12 +203,12 @@ def main() -> None:
     splits = make_problems()
     if options.traces:
         path = options.out / f"train_{options.traces}.jsonl"
-        return write_jsonl(path, with_traces(splits["train"], options.traces))
+        return make.write_jsonl(path, with_traces(splits["train"], options.traces))
     for split, rows in splits.items():
-        write_jsonl(options.out / f"{split}.jsonl", rows)
+        make.write_jsonl(options.out / f"{split}.jsonl", rows)
     if options.problems:
         return
-    tokenizer = make_tokenizer()
+    tokenizer = make.make_tokenizer()
     train_base(tokenizer).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     measure(options.out)

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -91,15 +92,15 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
-    """A model that writes well-formed chains, adds and subtracts right, guesses every product."""
+def make_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
+    """0.3 M parameters, untrained."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        initializer_range=0.08,  # the usual 0.02 learns the digit tables several times slower at this size
+        initializer_range=0.08,  # the usual 0.02 learns what is known by heart several times slower at this size
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -109,33 +110,51 @@ def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = transformers.Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, weight_decay=0.01, betas=(0.9, 0.99))
-    rng = random.Random(SEED + 1)
-    for update in range(BASE_UPDATES):
-        rows, prompts = [], []
-        for _ in range(BASE_ROWS):
-            length = rng.randint(1, 2 if update < SHORT_UPDATES else 7)
-            multiplications = rng.randint(0, length // 2 if update < SHORT_UPDATES else length)
-            problem, solution, _ = write_out(*chain(rng, multiplications, length - multiplications), noise=rng)
-            prompts.append(len(tokenizer(problem + "\n").input_ids))
-            rows.append([*tokenizer(problem + "\n" + solution).input_ids, tokenizer.eos_token_id])
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        labels = torch.tensor(
-            [[-100] * p + row[p:] + [-100] * (width - len(row)) for p, row in zip(prompts, rows, strict=True)]
-        )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def learn(
+    model: transformers.Qwen2ForCausalLM,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    draw: Callable[[int], list[tuple[str, str]]],  # update -> (prompt, completion) of its rows
+    updates: int,
+    lr: float,  # the peak, after 50 updates
+    floor: float,  # the share of it at the end of a cosine
+) -> None:
+    """Maximum likelihood of the completions."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    for update in range(updates):
+        prompts, completions = (tokenizer(list(texts)).input_ids for texts in zip(*draw(update), strict=True))
+        rows = [(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+        width = max(len(p) + len(c) for p, c in rows)
+        ids = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in rows])
+        labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in rows])
+        cosine = 0.5 * (1 + floor) + 0.5 * (1 - floor) * math.cos(math.pi * update / updates)
         for group in optimizer.param_groups:
-            group["lr"] = (
-                BASE_LR * min(1, (update + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * update / BASE_UPDATES))
-            )
+            group["lr"] = lr * min(1, (update + 1) / 50) * cosine
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if update % 100 == 0 or update + 1 == BASE_UPDATES:
+        if update % 100 == 0 or update + 1 == updates:
             print(f"update {update:>4} loss {loss.item():.4f}", flush=True)
+
+
+def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2ForCausalLM:
+    """A model that writes well-formed chains, adds and subtracts right, guesses every product."""
+    model, rng = make_model(tokenizer), random.Random(SEED + 1)
+
+    def draw(update: int) -> list[tuple[str, str]]:
+        rows = []
+        for _ in range(BASE_ROWS):
+            length = rng.randint(1, 2 if update < SHORT_UPDATES else 7)
+            multiplications = rng.randint(0, length // 2 if update < SHORT_UPDATES else length)
+            problem, solution, _ = write_out(*chain(rng, multiplications, length - multiplications), noise=rng)
+            rows.append((problem + "\n", solution))
+        return rows
+
+    learn(model, tokenizer, draw, BASE_UPDATES, BASE_LR, floor=0.1)
     return model
 
 
