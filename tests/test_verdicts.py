@@ -157,6 +157,13 @@ def test_steps_to_and_equal_flops():
     assert compared.pairs(claim | {"what": "equal FLOPs"}, cells) == [pytest.approx((0.6, 0.375, 0.225))]
 
 
+def test_reached():
+    """At the first of two evaluations that are at the target; from the start; never."""
+    x = np.array([0.0, 10.0, 20.0])
+    found = [compared.reached(x, [0.1, 0.4, 0.4], target) for target in (0.4, 0.25, 0.1, 0.5)]
+    assert found == pytest.approx([10, 5, 0, 20])
+
+
 def test_claims_on_one_cell():
     """Traces under a bound; an anchor that moves to the start."""
     run = run_of([0.1] * 3, traces_opened=[100.0, 128.0], anchor_depth=[None, 0.5, 0.3])
@@ -172,6 +179,43 @@ def test_accuracies_are_paired_by_seed(cells):
     wanted = [one[s]["splits"]["hard"]["pass@1"] - two[s]["splits"]["hard"]["pass@1"] for s in "012"]
     assert [d for *_, d in compared.pairs(claim, cells)] == pytest.approx(wanted)
     assert {b for _, b, _ in compared.pairs({"a": "controlled/sft", "b": "base"}, cells)} == {0.1}
+
+
+def test_what_of_an_advantage_the_bug_is():
+    """A method at 0.8, the pipeline at 0.7, with a bug at 0.5: 0.2 of 0.3; another below both."""
+    level = {"controlled/sft_then_grpo": 0.7, "audit/sft then grpo, first_last": 0.5}
+    level |= {"audit/sft then grpo, mean_of_means": 0.7} | {f"controlled/{m}": 0.8 for m in verdicts.MIXED}
+    level["controlled/luffy"] = 0.4
+    cells = {}
+    for name, height in level.items():
+        runs = [run_of([0.1, 0.2, height]) | {"splits": {"test": {"pass@1": height}}} for _ in range(2)]
+        cells[name] = cell_of("grpo", *runs, sft_problems_per_step=0)
+    rows = verdicts.audit_table(cells).splitlines()
+    gains = "+0.100 ± 0.000 | +0.300 ± 0.000 | 67% | +0.100 ± 0.000 | 0%"
+    assert f"| bread, equal steps | {gains} |" in rows and f"| srft, equal FLOPs | {gains} |" in rows
+    losses = "-0.300 ± 0.000 | -0.100 ± 0.000 | no advantage | -0.300 ± 0.000 | no advantage"
+    assert f"| luffy, equal steps | {losses} |" in rows
+
+
+def test_what_a_run_saw_and_had_graded():
+    """By the flags of a cell; where groups are drawn again, tokens over the mean length."""
+    flags = {"problems_per_step": 32, "group_size": 8}
+    runs = [run_of([0.1] * 3, sampled_tokens=[50, 150], completion_tokens=[None, 3.0], traces_opened=[5.0, 7.0])]
+    for name, seen, calls in (
+        ("grpo", "0", "5,120"),
+        ("sft", "640", "0"),
+        ("luffy", "640", "4,480"),
+        ("relift", "at most 640", "5,120"),
+        ("trapo", "at most 640 prefixes", "at most 5,120"),
+        ("bread", "7 different prefixes", "at least 50"),
+        ("dapo", "0", "about 50"),
+    ):
+        cell = cell_of(name, *runs, **flags)
+        assert (verdicts.traces_seen(name, cell, runs), verdicts.verifier_calls(name, cell, runs)) == (seen, calls)
+    two = {"stages": [["sft", {"steps": 30} | flags], ["grpo", {"steps": 30} | flags]]}
+    found = verdicts.traces_seen("sft_then_grpo", two, runs), verdicts.verifier_calls("sft_then_grpo", two, runs)
+    assert found == ("960", "7,680")
+    assert verdicts.traces_seen("chord", cell_of("chord", **flags, sft_problems_per_step=64), runs) == "1,280"
 
 
 # Claims and pages ---------------------------------------------------------------------------------
@@ -195,6 +239,13 @@ def test_every_claim_has_a_verdict_and_a_page(cells, tmp_path, monkeypatch):
     monkeypatch.setattr("results.verdicts_pictures.HERE", tmp_path)
     verdicts.draw(cells)
     assert all(10_000 < (tmp_path / name).stat().st_size < 150_000 for name in ("accuracy.png", "signals.png"))
+
+
+def test_only_what_is_between_the_markers_is_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("by hand\n<!-- x -->\nold\n<!-- end of x -->\nby hand too\n")
+    verdicts.write(page, "x", "new\n")
+    assert page.read_text() == "by hand\n<!-- x -->\nnew\n<!-- end of x -->\nby hand too\n"
 
 
 def test_pages_are_the_records():
