@@ -1,4 +1,4 @@
-.PHONY: check lint test smoke diffs table plots gpu speedrun clean
+.PHONY: check lint test smoke diffs table results plots gpu speedrun clean
 
 check: lint test
 
@@ -17,6 +17,9 @@ diffs:  ## every method against its parent: the diff is the documentation
 
 table:  ## the tables of README.md
 	python results/methods.py readme
+
+results:  ## tables, verdicts and figures from results/claims.jsonl
+	python results/verdicts.py
 
 gpu:  ## ten minutes on one card: results/gpu.md
 	python results/gpu.py
