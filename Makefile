@@ -1,4 +1,4 @@
-.PHONY: check lint test smoke diffs table plots gpu clean
+.PHONY: check lint test smoke diffs table plots results gpu clean
 
 check: lint test
 
@@ -17,6 +17,9 @@ diffs:  ## every method against its parent: the diff is the documentation
 
 table:  ## the tables of README.md
 	python results/methods.py readme
+
+results:  ## what the papers report and what it would cost: results/README.md
+	python results/published.py write
 
 gpu:  ## ten minutes on one card: results/gpu.md
 	python results/gpu.py
