@@ -59,7 +59,7 @@ class Paper:
 
 
 LEGEND = f"""Accuracy in per cent. *Six*: AIME24, AIME25, AMC, MATH-500, Minerva, OlympiadBench; *five*: without AIME25.
-AIME and AMC are avg@32 in most papers. *Reported*: read in a third party's notes, not in the paper. Then
+AIME and AMC are avg@32 in most papers. *Reported*: read in a third party's notes, not in the paper. A run is scored by
 `torchrun --nproc_per_node 8 eval.py --model runs/X/final --data aime24,aime25,amc23,math500,minerva,olympiad`, whose
 AMC has 40 questions where LUFFY's has 83. Files without a slash are to be fetched first: UFT's Countdown, verl's
 DAPO-Math-17k, levels 3 to 5 of MATH. GPU hours are an H100's: sampling + update; then sampled tokens a second and
@@ -72,13 +72,11 @@ THINK = f"--model Elliott/Qwen2.5-Math-7B-16k-think {DATA}"
 STRETCHED = f"--model Qwen2.5-Math-7B --rope_theta 40000 --max_positions 16384 {DATA}"
 VERL = "--grad_clip 0.016 --entropy_coef 0.00026 --tis_cap 0"  # what its forks' numbers are on our scale
 SFT = f"{RUN} sft.py {THINK} --out runs/sft"
-AFTER = (  # the audit's RL: token level, no std, clip 0.2 and 0.28
-    f"{RUN} grpo.py --model runs/sft/final {DATA} --no-scale_by_std --clip_high 0.28 --updates_per_step 2 --tis_cap 0"
-)
+RL = f"{RUN} grpo.py --model runs/sft/final {DATA} --no-scale_by_std --clip_high 0.28 --updates_per_step 2 --tis_cap 0"
 
 # fmt: off
 PAPERS = [
-    Paper("grpo", SIX, "45.5, LUFFY's on-policy RL; of Shao 2024 none at hand", "base 19.0", "LUFFY, table 1",
+    Paper("grpo", SIX, "45.5, LUFFY's on-policy RL; of Shao 2024 none at hand", "base 19.0", "LUFFY's table 1",
           (f"{RUN} grpo.py {THINK} --no-scale_by_std --loss_norm constant --updates_per_step 2 {VERL}",),
           2175, "ReLIFT's table, its RL", "320 A100, ReLIFT's RL, reported"),
     Paper("dapo", "Qwen2.5-32B, AIME24", "none at hand", "none at hand", "",
@@ -91,9 +89,9 @@ PAPERS = [
     Paper("sft", SIX, "52.2", "44.1 as LUFFY published it", "2604.23747, reported", (SFT,),
           TRACE, "of a trace, by its FLOPs", "192 A100, LUFFY's SFT"),
     Paper("sft then grpo", SIX, "57.0; after 50 RL steps at lr 5e-6 55.6; Llama-3.1-8B 43.7 of five",
-          "SFT alone 52.2, LUFFY 50.1; HPT 21.5", "2604.23747, reported", (SFT, AFTER),
+          "SFT alone 52.2, LUFFY 50.1; HPT 21.5", "2604.23747, reported", (SFT, RL),
           4100, "1.20e19 FLOPs of 50 steps", "1040 A100, LUFFY's SFT+RL"),
-    Paper("luffy", SIX, "50.1; run again by 2604.23747 46.3", "SFT 44.1, RL 45.5, SFT+RL 48.2", "table 1",
+    Paper("luffy", SIX, "50.1; run again by 2604.23747 46.3", "base 19.0, SFT 44.1, RL 45.5, SFT+RL 48.2", "table 1",
           (f"{RUN} luffy.py {THINK} {VERL}",), 2200, "2604.23747's 6.65e19 FLOPs", "616 A100"),
     Paper("srft", FIVE, "59.5; 59.1 in its abstract and table 3; of six 53.2, reported",
           "SFT 54.3 (47.3 in its table 1), RL 49.3, SFT+RL 54.5, LUFFY 55.5", "table 2",
@@ -103,15 +101,15 @@ PAPERS = [
           "SFT 49.0, RL 46.9, SFT+RL 50.8, LUFFY 50.9", "version 2, reported",
           (f"{RUN} relift.py {THINK} --steps 1070 --grad_clip 0.011 --sft_grad_clip 8 --entropy_coef 0.00026 "
            "--tis_cap 0",), 3000, "2604.23747's 8.76e19 FLOPs, if of 500 steps", "416 A100, reported"),
-    Paper("prefix_rft", SIX, "51.8", "SFT 44.1, RL 45.5, SFT+RL 48.2, LUFFY 50.1 (LUFFY's numbers)",
-          "table 1, reported",
+    Paper("prefix_rft", SIX, "51.8", "SFT 44.1, RL 45.5, SFT+RL 48.2, LUFFY 50.1: LUFFY's", "table 1, reported",
           (f"{RUN} prefix_rft.py {STRETCHED} --grad_clip 0.047 --entropy_coef 0.00026 --tis_cap 0",)),
-    Paper("uft", "Qwen2.5-0.5B, Countdown; mean of nine", "17.15; 9.45", "RL 8.30, SFT+RL 17.45, R3 9.99; RL 3.25",
-          "table 2", ("torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --data countdown_train.jsonl.gz "
-                      "--test_data countdown_test.jsonl.gz --tis_cap 0",), hours="2 H100, hours not said"),
+    Paper("uft", "Qwen2.5-0.5B, Countdown; mean of its nine columns", "17.15; 9.45",
+          "SFT+RL 17.45, RL 8.30, R3 9.99; SFT+RL 7.28, RL 3.25, R3 7.36", "table 2",
+          ("torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --data countdown_train.jsonl.gz "
+           "--test_data countdown_test.jsonl.gz --tis_cap 0",), hours="2 H100, hours not said"),
     Paper("bread", "Qwen3-4B, avg@12 of AIME24, 25, 26 and HMMT",
           "43.33 by others, Qwen3-8B 42.67; the paper's tables not at hand: < 40 % of the traces, 3x faster than GRPO",
-          "GRPO 38.44, LUFFY 38.72; GRPO 34.83, LUFFY 38.83", "ARG 2026, table 7; its data not at hand",
+          "GRPO 38.44, LUFFY 38.72; GRPO 34.83, LUFFY 38.83", "ARG, 2026, table 7; data not at hand",
           (f"{RUN} bread.py --model Qwen3-4B {DATA} --problems_per_step 32 --steps 200 --warmup_steps 10 "
            "--clip_high 0.3",), 4900, "0.6 of the limit, assumed: it thinks"),
     Paper("bridge", "Qwen2.5-3B, mean of five (AMC23)", "36.0; 36.4 in version 1's table of costs",
@@ -121,14 +119,13 @@ PAPERS = [
     Paper("chord", "Qwen2.5-7B-Instruct", "none at hand; as BRIDGE's baseline 32.5, Qwen3-8B 45.9",
           "BRIDGE 36.0, 49.9", "BRIDGE, version 3, reported",
           (f"{RUN} chord.py --model Qwen2.5-7B-Instruct {DATA} --max_completion_tokens 10240",)),
-    Paper("hpt", SIX, "52.7; Llama-3.1-8B 21.5 of five", "none of its own at hand; LUFFY 50.1, SRFT 53.2",
-          "2604.23747's table, reported",
-          (f"{RUN} hpt.py {STRETCHED} --sft_coef 0.12 --skip_above 1.25 {VERL}",)),
-    Paper("trapo", FIVE, "56.6", "SFT 50.3, RL 50.4, SFT+RL 54.3, LUFFY 55.5", "reported",
+    Paper("hpt", SIX, "52.7; Llama-3.1-8B 21.5 of five", "its own not at hand; LUFFY 50.1, SRFT 53.2",
+          "2604.23747, reported", (f"{RUN} hpt.py {STRETCHED} --sft_coef 0.12 --skip_above 1.25 {VERL}",)),
+    Paper("trapo", FIVE, "56.6", "SFT 50.3, RL 50.4, SFT+RL 54.3, LUFFY 55.5", "reported; which five is not said",
           (f"{RUN} trapo.py {STRETCHED} --problems_per_step 128 --updates_per_step 2 --shares 0 0.2 0.5 1 "
            f"--thresholds -1 0.5 0.7 0.9 --lr 5e-6 {VERL}",)),
-    Paper("iw_sft", "Qwen2.5-32B-Instruct, AIME24; GPQA-D", "66.7; 64.1", "SFT 56.7; 60.6, base 26.7; 49.0, derived",
-          "abstract, digest",
+    Paper("iw_sft", "Qwen2.5-32B-Instruct, AIME24; GPQA-D", "66.7; 64.1",
+          "SFT 56.7; 60.6, base 26.7; 49.0, by the reported gains", "abstract; rest reported",
           ("torchrun --nnodes 2 --nproc_per_node 8 iw_sft.py --model Qwen2.5-32B-Instruct --tensor_parallel 8 "
            "--loss_norm sequence --data simplescaling/s1K-1.1 --test_data HuggingFaceH4/aime_2024",),
           10000, "of a trace, half of the limit, assumed", "under 144 H100, reported"),
@@ -141,32 +138,29 @@ def parse(command: str) -> tuple[str, object, int]:
     before, _, flags = command.partition(".py ")
     *words, name = before.split()
     config = importlib.import_module(name).Config
-    each = [int(n) for word, n in zip(words, words[1:], strict=False) if word in ("--nnodes", "--nproc_per_node")]
-    return name, tyro.cli(config, args=flags.split(), config=(tyro.conf.OmitArgPrefixes,)), prod(each)
+    gpus = prod(int(word) for word in words if word.isdigit())  # --nnodes, --nproc_per_node
+    return name, tyro.cli(config, args=flags.split(), config=(tyro.conf.OmitArgPrefixes,)), gpus
 
 
 def step_tokens(name: str, cfg, mean: float, trace: float) -> tuple[float, float, int]:
     """(sampled tokens, trained tokens, generate calls) of a step, over all ranks."""
     one, traces = cfg.problems_per_step * mean, cfg.problems_per_step * trace
     own, taught = one * getattr(cfg, "group_size", 0), trace * getattr(cfg, "sft_problems_per_step", 0)
-    match name:
-        case "sft" | "iw_sft":
-            return 0, traces, 0
-        case "luffy" | "srft":
-            return own - one, own - one + traces, 1
-        case "dapo" if cfg.resample_rounds:
-            return own * REDRAWS, own, ceil(REDRAWS)
-        case "bread":
-            return own * (1 + PROBES), own, 1 + ceil(log2(cfg.num_episodes))
-        case "trapo":
-            return own, own, len(cfg.sizes)
-        case "relift":
-            return own, own + FAILED * traces, 1
-        case "hpt":
-            return own, own * (1 - FAILED) + FAILED * traces, 1
-        case "bridge":
-            return own, own * 2 + taught, 1  # the shadow's pass over the same rows
-    return own, own + taught, 1
+    draws = REDRAWS if getattr(cfg, "resample_rounds", 0) else 1.0
+    offline, one_row = (0.0, traces, 0), (own - one, own - one + traces, 1)
+    return {
+        "sft": offline,
+        "iw_sft": offline,
+        "dapo": (own * draws, own, ceil(draws)),
+        "luffy": one_row,
+        "srft": one_row,
+        "relift": (own, own + FAILED * traces, 1),
+        "hpt": (own, own * (1 - FAILED) + FAILED * traces, 1),
+        "bread": (own * (1 + PROBES), own, 1 + ceil(log2(getattr(cfg, "num_episodes", 1)))),
+        "trapo": (own, own, 4),  # micro-groups, one after the other
+        "chord": (own, own + taught, 1),
+        "bridge": (own, 2 * own + taught, 1),  # twice: the shadow's pass
+    }.get(name, (own, own, 1))
 
 
 def hours(command: str, model: str, mean: float) -> tuple[float, float, float]:
@@ -196,7 +190,7 @@ def line(paper: Paper) -> str:
     sampling, update, tokens = map(sum, zip(*costs, strict=True))
     _, cfg, _ = parse(paper.commands[-1])
     length = f"{paper.mean or SHARE * cfg.max_completion_tokens:,.0f} tokens ({paper.why})"
-    cost = f"**{sampling + update:.0f}** = {sampling:.0f} + {update:.0f}; {tokens / sampling / 3600:,.0f}; {length}"
+    cost = f"**{sampling + update:,.0f}** = {sampling:,.0f} + {update:,.0f}; {tokens / sampling / 3600:,.0f}; {length}"
     commands = "<br>then ".join(f"`{command}`" for command in paper.commands)
     theirs = f"{paper.theirs} ({paper.source})" if paper.source else paper.theirs
     return f"| {paper.name} | {paper.what} | {theirs} | {paper.beside} | {commands} | {cost} | {paper.hours} |"
@@ -204,8 +198,8 @@ def line(paper: Paper) -> str:
 
 def page() -> str:
     """The table with its legend, as Markdown."""
-    columns = ["method", "model, benchmark", "theirs", "beside it, theirs", "command here", "GPU hours here", "theirs"]
-    return "\n".join([LEGEND, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(line, PAPERS)]) + "\n"
+    head = "| method | model, benchmark | they report | and beside it | command here | GPU hours here | and theirs |"
+    return "\n".join([LEGEND, "", head, "|---" * 7 + "|", *map(line, PAPERS)]) + "\n"
 
 
 def main() -> None:

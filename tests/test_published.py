@@ -67,6 +67,26 @@ def test_cost_of_luffy_by_hand(monkeypatch):
     assert sampling == pytest.approx(8 * seconds / 3600)  # 180.3 hours
 
 
+@pytest.mark.parametrize(
+    "name,wanted",
+    [
+        ("grpo", (128 * 8 * 10, 128 * 8 * 10, 1)),
+        ("sft", (0, 64 * 100, 0)),
+        ("dapo", (512 * 16 * 10 * 2, 512 * 16 * 10, 2)),
+        ("bread", (128 * 8 * 10 * 1.75, 128 * 8 * 10, 5)),  # the plain call, then ceil(log2 10) probes
+        ("relift", (128 * 8 * 10, 128 * 8 * 10 + 16 * 100, 1)),
+        ("hpt", (128 * 8 * 10, 112 * 8 * 10 + 16 * 100, 1)),  # 16 of 128 groups fail
+        ("chord", (32 * 8 * 10, 32 * 8 * 10 + 64 * 100, 1)),
+        ("bridge", (128 * 8 * 10, 2 * 128 * 8 * 10 + 64 * 100, 1)),
+    ],
+)
+def test_tokens_of_a_step_by_hand(name, wanted, monkeypatch):
+    """At each file's defaults, rows of 10 tokens and traces of 100."""
+    for constant, value in {"FAILED": 0.125, "PROBES": 0.75, "REDRAWS": 2.0}.items():
+        monkeypatch.setattr(published, constant, value)
+    assert published.step_tokens(name, importlib.import_module(name).Config(), 10, 100) == wanted
+
+
 def test_the_page_is_what_the_program_makes():
     text = (ROOT / "results/README.md").read_text()
     assert f"<!-- published -->\n{published.page()}<!-- end of published -->\n" in text, "run: make results"
