@@ -22,6 +22,11 @@ from pages import bread, grpo, kit, luffy
 import common
 
 PARENTS = {"bread_phi": "bread", "grpo_sft": "grpo", "luffy_annealed": "luffy"}
+COMMANDS = {  # of the new docstrings
+    "bread_phi": "python bread_phi.py --model tiny",
+    "grpo_sft": "python grpo_sft.py --model tiny --sft_steps 20",
+    "luffy_annealed": "python luffy_annealed.py --model tiny --hint_steps 36",
+}
 PATCHES = {name: (ROOT / f"examples/{name}.patch").read_text() for name in PARENTS}
 
 
@@ -80,11 +85,10 @@ def test_every_patch_is_here():
 @pytest.mark.parametrize("name", PARENTS)
 def test_an_idea_is_under_25_lines(name):
     """Added and removed, the docstring's included."""
-    assert (
-        0
-        < sum(line[0] in "+-" and bool(line[1:].strip()) for h in hunks(PATCHES[name]) for line in h.splitlines())
-        < 25
-    )
+    changed = [
+        line for hunk in hunks(PATCHES[name]) for line in hunk.splitlines() if line[0] in "+-" and line[1:].strip()
+    ]
+    assert 0 < len(changed) < 25
 
 
 @pytest.mark.parametrize("name", PARENTS)
@@ -123,7 +127,15 @@ def test_the_copies_read_as_the_others_do(copy):
         assert done.returncode == 0, done.stdout.decode()
     for name in PARENTS:
         text = ast.get_docstring(ast.parse((copy / f"{name}.py").read_text()))
-        assert re.findall(r"^    (?:python|torchrun.*?) (\w+)\.py", text, re.M) == [name]
+        assert re.findall(r"^    ((?:python|torchrun) .*?)(?:   .*)?$", text, re.M) == [COMMANDS[name]]
+
+
+def test_the_readmes_afternoon():
+    """In at most 25 lines: the added lines of the patch, below the docstring, and the commands."""
+    story = re.search(r"^\*\*An afternoon\.\*\*.*?(?=\n\n```\n)", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+    patch = PATCHES["grpo_sft"].split('"""\n')[1]
+    assert re.findall(r"^\+.*", story, re.M) == re.findall(r"^\+.*", patch, re.M)
+    assert f"    {COMMANDS['grpo_sft']}\n" in story and len(story.splitlines()) <= 25
 
 
 # The losses ---------------------------------------------------------------------------------------
@@ -264,34 +276,21 @@ def test_page(name, flags, module, world, monkeypatch):
 
 
 # The runs -----------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def steps(copy):
-    """The metrics of a few steps of each, by the command of its docstring, cut short."""
-    found = {}
+def test_they_train(copy):
+    """A few steps by each docstring's command: an idea is seen, and over when it should be."""
+    short, found = "--steps 4 --problems_per_step 8 --group_size 4 --test_data=".split(), {}
     for name in PARENTS:
-        text = ast.get_docstring(ast.parse((copy / f"{name}.py").read_text()))
-        (command,) = re.findall(rf"^    python ({name}\.py .*?)   ", text, re.M)
-        short = "--steps 4 --problems_per_step 8 --group_size 4 --test_data= --out".split()
         later = {"grpo_sft": ["--sft_steps", "2"], "luffy_annealed": ["--hint_steps", "2"]}.get(name, [])
-        run_script(*command.split(), *short, f"runs/{name}", *later, cwd=copy)
-        found[name] = [row for row in read_metrics(copy / f"runs/{name}") if "grad_norm" in row]
-        assert len(found[name]) == 4 and (copy / f"runs/{name}/final/model.safetensors").exists()
-    return found
-
-
-def test_they_train(steps):
-    """Each idea is seen in its run, and is over when it should be."""
-    rows = steps["grpo_sft"]
-    assert [row["sft"] for row in rows] == [1.0, 0.5, 0.0, 0.0] and [bool(row.get("sft_loss")) for row in rows] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert all(row["grad_norm"] > 1e-3 for row in rows[:2])  # where no row is right the term alone has a gradient
-    assert any(row["sft_loss"] > 0 for row in steps["bread_phi"]) and all(
-        "search_rate" in row for row in steps["bread_phi"]
-    )
-    rows = steps["luffy_annealed"]
-    assert [row["hint_share"] for row in rows] == pytest.approx([0.5, 0.05, 0.0, 0.0])
-    assert ["guided_reward" in row for row in rows][2:] == [False, False] and "guided_reward" in rows[0]
+        run_script(*COMMANDS[name].split()[1:], *short, *later, cwd=copy)
+        (out,) = copy.glob(f"runs/{name}-tiny-*")
+        found[name] = [row for row in read_metrics(out) if "grad_norm" in row]
+        assert len(found[name]) == 4 and (out / "final/model.safetensors").exists()
+    run_script("plot.py", *map(str, copy.glob("runs/*-tiny-*")), "--out", "figure.png", cwd=copy)
+    assert (copy / "figure.png").stat().st_size > 10_000
+    sft, phi, annealed = found["grpo_sft"], found["bread_phi"], found["luffy_annealed"]
+    assert [row["sft"] for row in sft] == [1.0, 0.5, 0.0, 0.0]
+    assert ["sft_loss" in row for row in sft] == [True, True, False, False]
+    assert all(row["grad_norm"] > 1e-3 for row in sft[:2])  # where no row is right the term alone has a gradient
+    assert all("search_rate" in row for row in phi) and any(row["sft_loss"] > 0 for row in phi)
+    assert [row["hint_share"] for row in annealed] == pytest.approx([0.5, 0.05, 0.0, 0.0])
+    assert "guided_reward" in annealed[0] and not any("guided_reward" in row for row in annealed[2:])
