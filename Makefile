@@ -1,4 +1,4 @@
-.PHONY: check lint test smoke diffs table plots gpu clean
+.PHONY: check lint test smoke diffs table plots gpu speedrun clean
 
 check: lint test
 
@@ -20,6 +20,9 @@ table:  ## the tables of README.md
 
 gpu:  ## ten minutes on one card: results/gpu.md
 	python results/gpu.py
+
+speedrun:  ## a real model learns to add, by four methods at once, on one card: results/real.jsonl
+	python results/real.py --methods sft_then_grpo grpo bread luffy --jobs 5
 
 plots:
 	python plot.py runs/*

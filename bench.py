@@ -67,7 +67,7 @@ def ragged_rows(cfg: Config) -> list[common.Rollout]:
     return rows
 
 
-def build(cfg: Config, attention: str) -> transformers.PreTrainedModel:
+def build(cfg: Config, attention: str, device: torch.device) -> transformers.PreTrainedModel:
     """A Qwen2 of the size that was asked for, with random weights."""
     heads = max(1, cfg.hidden // 64)
     config = transformers.Qwen2Config(
@@ -80,7 +80,8 @@ def build(cfg: Config, attention: str) -> transformers.PreTrainedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with device:  # random numbers for 1.5 B weights take one core a minute
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 def packed_update(policy: common.Policy, rows: list[common.Rollout], budget: int, world: common.World) -> None:
@@ -134,7 +135,7 @@ def measure(cfg: Config) -> None:
     """
     world = common.init(0)
     rows, budget = ragged_rows(cfg), cfg.tokens_per_microbatch // (4 if world.device.type == "cpu" else 1)
-    model = build(cfg, "packed" if cfg.way == "packed" else "sdpa")
+    model = build(cfg, "packed" if cfg.way == "packed" else "sdpa", world.device)
     weights = sum(p.numel() for p in model.parameters())  # tied: the embedding is the head and multiplies once a token
     module = common.shard(model, world) if cfg.way == "packed" else model.to(world.device).train()
     update = packed_update if cfg.way == "packed" else padded_update

@@ -292,8 +292,8 @@ def describe_run(cfg: object) -> dict:
     return {
         "flags": flat(cfg),
         "argv": sys.argv,
-        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
-        "dirty": bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout),
+        "commit": git(["/usr/bin/env", "git", "rev-parse", "HEAD"]).stdout.strip(),
+        "dirty": bool(git(["/usr/bin/env", "git", "status", "--porcelain", "-uno"]).stdout),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": platform.python_version()},
         "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
         "data_sha256": [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files],

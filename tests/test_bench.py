@@ -19,7 +19,7 @@ def test_both_ways_have_the_same_gradient(world):
     cfg = bench.Config(rows=6, longest=40, vocab=300, layers=2, hidden=128)
     rows, gradients = bench.ragged_rows(cfg), []
     for attention, update in (("packed", bench.packed_update), ("sdpa", bench.padded_update)):
-        model = bench.build(cfg, attention)
+        model = bench.build(cfg, attention, world.device)
         module = common.shard(model, world) if attention == "packed" else model.train()
         update(module, rows, 100, world)
         gradients.append([common.full_tensor(p.grad) for p in model.parameters()])

@@ -61,7 +61,8 @@ def one_online_step(folder: Path, sizes: dict[str, int], vocab: int, tokens: int
     """GRPO on real problems with random weights of a real architecture: the step's metrics."""
     special = {"vocab_size": vocab, "eos_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True}
     config = transformers.Qwen2Config(**sizes, **special)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    with torch.device("cuda" if CUDA else "cpu"):
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     flags = "--problems_per_step 8 --group_size 4 --steps 1 --sampler hf --checkpoint_activations --test_data=".split()
     flags += ["--max_completion_tokens", str(tokens), "--data", str(ROOT / "tests/data/gsm8k_sample.jsonl")]
