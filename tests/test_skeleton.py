@@ -202,7 +202,7 @@ def docstring(name: str) -> str:
 def commands() -> list[tuple[str, str, str]]:
     """(where, script, flags) of every python or torchrun command of pages and docstrings."""
     pages = {page: (ROOT / page).read_text() for page in ("README.md", "WALKTHROUGH.md")}
-    texts = pages | {f"{name}.py": docstring(name) for name in [*NAMES, "eval", "bench", "plot"]}
+    texts = pages | {f"{name}.py": docstring(name) for name in [*NAMES, "eval", "bench", "plot", "view"]}
     found = []
     for where, text in texts.items():
         joined = re.sub(r"\\\n\s+", "", text)
