@@ -65,8 +65,6 @@ PANELS = {  # key of metrics.jsonl: label; what is drawn of a run without --keys
     "sampler_ratio_max": "largest trainer / sampler ratio",
     "kl": "KL to the reference",
 }
-
-
 AXES = {"step": "step", "tokens": "tokens sampled and trained", "flops": "FLOPs of training"}
 
 
@@ -159,13 +157,15 @@ def choose_panels(cfg: Config, runs: list[list[dict]]) -> dict[str, str]:
     present = {key for run in runs for row in run for key in row} - {"step"}
     if unknown := [key for key in cfg.keys if key not in present]:
         raise SystemExit(f"error: --keys: no run has {', '.join(unknown)}; there are {', '.join(sorted(present))}")
-    known = [*PANELS, *sorted(key for key in present if key.startswith("reward_"))]
-    return {key: PANELS.get(key, key.replace("_", " ")) for key in cfg.keys or known if key in present}
+    known = [key for key in [*PANELS, *sorted(key for key in present if key.startswith("reward_"))] if key in present]
+    if not cfg.keys and not known:
+        raise SystemExit(f"error: plot.py knows no key of these runs; name --keys: {', '.join(sorted(present))}")
+    return {key: PANELS.get(key, key.replace("_", " ")) for key in cfg.keys or known}
 
 
 def main(cfg: Config) -> None:
-    if not cfg.runs:
-        raise SystemExit("error: name at least one run folder")
+    if not cfg.runs or cfg.width <= 0:
+        raise SystemExit("error: name at least one run folder, and a --width above 0")
     folders = [path if path.is_dir() else path.parent for path in cfg.runs]
     runs, groups = [read_metrics(path) for path in cfg.runs], defaultdict(list)
     for folder, run in zip(folders, runs, strict=True):

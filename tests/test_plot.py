@@ -104,6 +104,8 @@ def test_a_new_metric_is_a_panel(tmp_path):
     assert said.index("my metric") < said.index("reward (training)") and "entropy (nats)" not in said
     done = run_script("plot.py", folder, "--keys", "mine", check=False)
     assert "error: --keys: no run has mine; there are completion_tokens, entropy, my_metric" in done.stderr
+    done = run_script("plot.py", a_run(tmp_path / "b", [{"mine": 1.0}]), check=False)
+    assert "error: plot.py knows no key of these runs; name --keys: mine" in done.stderr
 
 
 def test_a_figure_for_a_paper(tmp_path):
@@ -112,6 +114,8 @@ def test_a_figure_for_a_paper(tmp_path):
     flags = ["--width", "3.25", "--title", "Ours & theirs", "--no-captions"]
     run_script("plot.py", folder, *flags, "--out", str(tmp_path / "x.svg"))
     assert 'width="234pt"' in (tmp_path / "x.svg").read_text() and "Ours &amp; theirs" in texts(tmp_path / "x.svg")
+    done = run_script("plot.py", folder, "--width", "0", check=False)
+    assert done.returncode and "a --width above 0" in done.stderr
     for out in ("x.doc", "nowhere/x.png"):
         done = run_script("plot.py", folder, "--out", str(tmp_path / out), check=False)
         assert done.returncode and "cannot be written" in done.stderr and "Traceback" not in done.stderr
