@@ -1,4 +1,7 @@
-.PHONY: check lint test smoke diffs table plots gpu speedrun clean
+results:  ## tables, verdicts and figures from results/*.jsonl, and what the papers report
+	python results/verdicts.py
+	python results/real.py --page
+	python results/published.py write
 
 check: lint test
 
@@ -17,6 +20,14 @@ diffs:  ## every method against its parent: the diff is the documentation
 
 table:  ## the tables of README.md
 	python results/methods.py readme
+
+<<<<<<< HEAD
+results:  ## tables, verdicts and figures from results/claims.jsonl
+	python results/verdicts.py
+=======
+results:  ## what the papers report and what it would cost: results/README.md
+	python results/published.py write
+>>>>>>> published
 
 gpu:  ## ten minutes on one card: results/gpu.md
 	python results/gpu.py

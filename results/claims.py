@@ -105,6 +105,7 @@ TRACES = {  # on the same problems with traces of mixed quality
     "iw_sft, mixed, dft": ("iw_sft", {"weight": "dft"}),
 }
 TAIL = ("grpo", "bread", "luffy", "uft", "sft_then_grpo")  # on the hardest training problems alone
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 BUGS = ("correct", "first_last", "mean_of_means")  # of SFT, in results/accumulation_bugs.py
 
 
@@ -306,7 +307,7 @@ def left(cfg: Config, tried: set) -> list[tuple[Cell, int]]:
 
 
 def main(cfg: Config) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": PATHS}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common", "eval"])
     until, tried, failed = time.time() + 3600 * cfg.hours, set(), []

@@ -1,5 +1,5 @@
-"""The table of all methods. Tests, Makefile, bench.py, README and results/tiny.py read it; a new
-method is one more entry.
+"""The table of all methods. Tests, Makefile, bench.py and README read it; a new method is one more
+entry.
 
 python results/methods.py diffs       every method against its parent
 python results/methods.py readme      write the tables of README.md anew

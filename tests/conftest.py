@@ -36,7 +36,12 @@ LONGEST = "real_model methods pages trust resume scripts faults bench damage gpu
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    """A file's tests stay on one worker of xdist, so that what they share is made once."""
+    """A file's tests stay on one worker of xdist, so that what they share is made once.
+
+    Only `pytest -m gpu` sees the card: the others compare with the CPU's numbers.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if getattr(config.option, "numprocesses", None):
         config.option.dist, config.option.loadscopereorder = "loadscope", False
 

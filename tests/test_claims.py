@@ -5,15 +5,12 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 import common
 import sft
-
-sys.path.insert(0, str(ROOT / "results"))
-
-import claims  # noqa: E402
-from accumulation_bugs import weights  # noqa: E402
+from results import claims
+from results.accumulation_bugs import weights
 
 GRID = [
     {"cell": f"rate/{arm}/{method}/{rate:g}", "seed": 100, "accuracy": {"0": 1.0, "10": score}}

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import json
 import re
 import subprocess
 
@@ -242,14 +241,6 @@ def test_readme_tables_are_current():
     text = (ROOT / "README.md").read_text()
     assert f"<!-- methods -->\n{methods.readme_table()}<!-- end of methods -->" in text, "run: make table"
     assert memory.table() in text, "README has another memory table than: python bench.py --what memory"
-
-
-def test_readme_results_are_the_records(monkeypatch, capsys):
-    """The accuracy table is what results/tiny.py makes of results/tiny.jsonl."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
-    importlib.import_module("tiny").show([json.loads(line) for line in lines("results/tiny.jsonl")])
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
 
 
 def test_every_method_has_the_line_of_its_equation():
