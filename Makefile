@@ -13,7 +13,7 @@ test:
 	python -m pytest -q -n 2
 
 smoke:  ## the README's first command
-	python bread.py --model tiny
+	python bread.py --model map
 
 diffs:  ## every method against its parent: the diff is the documentation
 	@python results/methods.py diffs
