@@ -233,7 +233,7 @@ def test_docstrings_count_no_lines_and_no_tests():
 
 
 def test_readme_has_its_first_command_early():
-    assert any("python bread.py --model tiny" in line for line in lines("README.md")[:30])
+    assert any("python bread.py --model map" in line for line in lines("README.md")[:30])
 
 
 def test_readme_tables_are_current():
