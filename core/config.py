@@ -19,7 +19,7 @@ class RunConfig:
     """Settings of every method: the field `run` of its Config; no prefix on the command line."""
 
     # data
-    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or tiny (bundled)
+    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or map or tiny (bundled)
     data: str = "Elliott/Openr1-Math-46k-8192"  # hub names, .jsonl, .jsonl.gz or .parquet, separated by commas
     test_data: str = "HuggingFaceH4/MATH-500"  # the same; empty: no evaluation
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
@@ -68,9 +68,9 @@ def asked(cfg) -> dict[str, object]:
 
 
 def resolve_model(name: str) -> str:
-    """tiny: the bundled folder. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
-    if name == "tiny":
-        return str(ROOT / "tiny")
+    """tiny, map: the bundled folders. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
+    if name in ("tiny", "map"):
+        return str(ROOT / name)
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -31,12 +31,8 @@ def load_engine(run: RunConfig, tokenizer: Tokenizer, world: World, max_completi
         fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
     if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
         return LateEngine(lambda: TransformersEngine(run, tokenizer, world))
-
-    def vllm_engine() -> object:
-        module = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
-        return module.VLLMEngine(run, tokenizer, world, longest)
-
-    return LateEngine(vllm_engine)
+    load = partial(importlib.import_module, "core.vllm_sampler")  # at its first use: it costs seconds and gigabytes
+    return LateEngine(lambda: load().VLLMEngine(run, tokenizer, world, longest))
 
 
 class LateEngine:

@@ -37,6 +37,7 @@ SIGNS = (  # of a collapse: (value, its healthy range, what it means)
     ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
     ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
 )
+SHOWN = 16  # rows of each update, the first ones, that samples.jsonl has token by token
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -57,7 +58,7 @@ class RunLog:
         self.totals: list[tuple[str, Tensor | float]] = []
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.open_phase, self.samples = ("", 0.0), []
+        self.open_phase, self.samples, self.shown = ("", 0.0), [], []  # rollouts; what describe_row takes of others
         self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
         self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
         self.recent: list[dict] = []  # the lines of at most five steps
@@ -92,6 +93,7 @@ class RunLog:
         if rows:
             ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
             self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
+            self.shown += [(row, *row.seen) for row in rows if row.seen]
 
     def check_update(self, norm_name: str, norm: float) -> None:
         """End the run before an update that is not finite, or leave it out (collective)."""
@@ -134,13 +136,14 @@ class RunLog:
                 line[f"tokens_per_second_{phase}"] = round(line.get(tokens, 0.0) / self.seconds[phase], 1)
         line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
         self.append("metrics.jsonl", [line])
-        self.append("samples.jsonl", [{"step": step, **sample} for sample in self.samples])
+        shown = gather([describe_row(*found) for found in self.shown], self.world)
+        self.append("samples.jsonl", [{"step": step, **row} for row in [*map(describe_row, self.samples), *shown]])
         if self.wandb:
             self.wandb.log(line, step=step)
         print0(describe_line(line, self.cfg.steps))
         self.warn(line)
         self.next_step = step + 1
-        for part in (self.totals, self.values, self.seconds, self.samples, self.terms):
+        for part in (self.totals, self.values, self.seconds, self.samples, self.shown, self.terms):
             part.clear()
 
     def warn(self, line: dict[str, float]) -> None:
@@ -184,6 +187,21 @@ def combine(terms: Iterable[tuple[str, float]]) -> dict[str, float]:
             term = max(totals[name], term) if name.endswith("_max") else totals[name] + term
         totals[name] = term
     return totals
+
+
+def describe_row(row, number: int | None = None, values: Tensor | None = None) -> dict:
+    """A line of samples.jsonl. values, (3, T): each token's log-probability and entropy in an
+    update, and the gradient of the loss by the former. Lists are texts: half as long.
+    """
+    found = {"id": row.problem.id, "problem": row.problem.text, "completion": row.text, "reward": row.reward}
+    found |= {"expert_tokens": row.num_expert_tokens, "tokens": len(row.completion_ids), "advantage": row.advantage}
+    if number is None:
+        return found
+    lists = {"ids": row.completion_ids, "sampler_logprobs": row.sampler_logprobs}
+    lists |= zip(("logprobs", "entropy", "gradient"), values.tolist(), strict=True)
+    lists |= {"old_logprobs": [] if row.old_logprobs is None else row.old_logprobs.tolist()}
+    texts = {k: " ".join(f"{x:.2g}" if k == "gradient" else f"{round(x, 3):.7g}" for x in v) for k, v in lists.items()}
+    return found | texts | {"row": number, "prefix_advantage": row.prefix_advantage}
 
 
 def describe_line(line: dict[str, float], steps: int) -> str:

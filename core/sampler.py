@@ -95,9 +95,7 @@ class TransformersEngine:
         bar.close()
         return found
 
-    def _decode(
-        self, lines: list[list[int]], room: list[int], uniform: Tensor, temperature: float, top_p: float, bar: tqdm
-    ) -> list[Sampled]:
+    def _decode(self, lines: list, room: list[int], uniform: Tensor, temperature: float, top_p: float, bar) -> list:
         """One left-padded batch: prefill each line once, repeat its cache, decode all rows."""
         device, n = self.device, uniform.shape[1]
         cache, logits, mask = self._prefill(lines, n)

@@ -23,6 +23,7 @@ SMALL = ["--steps", "2", "--problems_per_step", "3"]
     ("name", "resolved"),
     [
         ("tiny", str(ROOT / "tiny")),
+        ("map", str(ROOT / "map")),
         ("Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"),
         ("Qwen3-8B", "Qwen/Qwen3-8B"),
         ("gpt2", "gpt2"),
@@ -149,6 +150,6 @@ def test_sft_then_grpo(tmp_path):
 
 def test_bread_learns(tmp_path):
     """The bar of the README's first command, at part of its length."""
-    run_script("bread.py", "--model", "tiny", "--out", str(tmp_path), "--steps", "40", timeout=280)
+    run_script("bread.py", "--model", "map", "--out", str(tmp_path), "--steps", "20", timeout=280)
     accuracy = [row["test_accuracy"] for row in read_metrics(tmp_path) if "test_accuracy" in row]
-    assert accuracy[0] < 0.05 and max(accuracy) > 0.3, accuracy
+    assert accuracy[0] < 0.2 and accuracy[-1] > 0.4, accuracy
