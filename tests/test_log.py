@@ -183,7 +183,7 @@ def test_the_line_begins_with_what_a_person_steers_by(tmp_path):
     names = re.findall(r"(?<= )([a-z/]+) (?=[-0-9.])", line)
     assert names[:9] == "reward test kl clip entropy len cut mixed failed".split() and "tokens/s" in line, line
     readme = (ROOT / "README.md").read_text().partition("## Reading the log")[2]
-    places = [readme.index(f"| {name}") for name in "reward test kl entropy len mixed guided loss tokens/s".split()]
+    places = [readme.index(f"\n| {name}") for name in "reward test kl entropy len mixed guided loss tokens/s".split()]
     assert places == sorted(places)
 
 
