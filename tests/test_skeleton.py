@@ -214,8 +214,10 @@ def test_commands_name_scripts_and_flags_that_exist():
     found = commands()
     assert {name: sum(where == f"{name}.py" for where, *_ in found) for name in NAMES} == dict.fromkeys(NAMES, 3)
     for where, script, flags in found:
-        if where == "WALKTHROUGH.md" and not (ROOT / f"{script}.py").exists():
-            continue  # the example that its reader writes
+        if not (ROOT / f"{script}.py").exists() and (
+            where == "WALKTHROUGH.md" or (ROOT / f"examples/{script}.patch").exists()
+        ):
+            continue  # the example that its reader writes, which test_walkthrough.py or test_examples.py runs
         config = importlib.import_module(script).Config
         known = {field.name for field in dataclasses.fields(config)}
         if script == "bench" and "--method" in flags:  # whose flags may follow
@@ -258,9 +260,11 @@ def test_make_diffs_prints_every_child():
 
 def test_pages_name_files_that_exist():
     """What the pages name in backticks or links is here."""
-    for page in ("README.md", "WALKTHROUGH.md", "tests/README.md", "tiny/README.md"):
+    for page in ("README.md", "WALKTHROUGH.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md", "tiny/README.md"):
         text = (ROOT / page).read_text()
-        for path in re.findall(r"[`(]((?:core|tests|results|tiny)/[\w./]+?)[`)]", text):
+        for path in re.findall(r"[`(]((?:core|tests|results|tiny|examples)/[\w./]*?|[A-Z]+\.\w+)[`)]", text):
+            if "mine" in path:
+                continue  # that of the page's reader
             assert (ROOT / path.rstrip("/")).exists(), f"{page}: {path}"
 
 
