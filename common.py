@@ -38,7 +38,7 @@ from core.model import (
     shard,
 )
 from core.packing import lay_out, measure, plan
-from core.processes import StopSignal, World, all_sum, exchange, fail, gather, init, print0, shutdown
+from core.processes import StopSignal, Waited, World, all_sum, exchange, fail, gather, init, print0, shutdown
 from core.records import SHOWN, RunLog, agree, finish, resume, save
 from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
@@ -335,7 +335,7 @@ def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list
     own = dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))
     dealt = [[i for step in steps for i, _ in step[rank] if i in own] for rank in range(world.size)]
     leaving = [{} if rank == world.rank else {i: bare(own[i], i) for i in part} for rank, part in enumerate(dealt)]
-    here, batches = ChainMap(own, *exchange(leaving, world)), []
+    here, batches = ChainMap(own, *exchange(leaving, world)), Waited()
     blank = Rollout(Problem("filler", "", [0], "", None), [0])
     for step in steps:
         numbers, shared = zip(*step[world.rank], strict=True) if step[world.rank] else ((), ())

@@ -1,7 +1,7 @@
 """One page of a run that opens from disk: curves, config, steps, and rollouts token by token.
 
-python view.py runs/bread-tiny-*
-python view.py runs/bread-tiny-1 runs/grpo-tiny-1 --out comparison.html
+python view.py runs/bread-map-*
+python view.py runs/bread-map-1 runs/grpo-map-1 --out comparison.html
 
 The second compares two runs. Packages: pip install -r requirements-view.txt
 """

@@ -56,7 +56,7 @@ class RunConfig:
     eval_samples: int = 1  # per test problem
     save_every: int = 50  # steps
     keep: int = 2  # checkpoints
-    wandb: bool = False  # log there too
+    wandb_project: str = ""  # of wandb, to log there too (requirements-wandb.txt); empty: no
     data_hash: tyro.conf.Suppress[str] = ""  # no flag: of the problems, as they were when the run began
 
 
@@ -68,7 +68,7 @@ def asked(cfg) -> dict[str, object]:
 
 
 def resolve_model(name: str) -> str:
-    """tiny, map: the bundled folders. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
+    """tiny, map: bundled folders. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
     if name in ("tiny", "map"):
         return str(ROOT / name)
     if Path(name).is_dir():

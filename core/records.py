@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,12 @@ SIGNS = (  # of a collapse: (value, its healthy range, what it means)
     ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
 )
 SHOWN = 16  # rows of each update, the first ones, that samples.jsonl has token by token
+LINE = (  # on the terminal: key of metrics.jsonl, and its name there; first what a person steers by
+    {"reward": "reward", "test_accuracy": "test"},
+    {"kl": "kl", "clip_fraction": "clip", "entropy": "entropy", "completion_tokens": "len", "truncated": "cut"},
+    {"groups_mixed": "mixed", "groups_failed": "failed", "guided_reward": "guided"},
+    {"loss": "loss", "grad_norm": "grad"},
+)
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -62,9 +69,13 @@ class RunLog:
         self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
         self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
         self.recent: list[dict] = []  # the lines of at most five steps
+        self.own, self.spent = {}, []  # what loss_fn returns; seconds of each step so far
         self.out = open_folder(cfg, script, world)
-        if world.rank == 0 and cfg.run.wandb:  # the one optional package
-            self.wandb = importlib.import_module("wandb").init(project="sft-rl", name=self.out.name, config=flat(cfg))
+        if world.rank == 0 and cfg.run.wandb_project:  # the one optional package; a resumed run is the same there
+            named = {"name": self.out.name, "id": hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]}
+            self.wandb = importlib.import_module("wandb").init(
+                project=cfg.run.wandb_project, **named, resume="allow", config=flat(cfg)
+            )
         print0(f"run {self.out} on {world.size} x {world.device.type}")
 
     def phase(self, name: str) -> None:
@@ -93,6 +104,7 @@ class RunLog:
         if rows:
             ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
             self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
+            self.own |= dict.fromkeys(terms)
             self.shown += [(row, *row.seen) for row in rows if row.seen]
 
     def check_update(self, norm_name: str, norm: float) -> None:
@@ -140,7 +152,9 @@ class RunLog:
         self.append("samples.jsonl", [{"step": step, **row} for row in [*map(describe_row, self.samples), *shown]])
         if self.wandb:
             self.wandb.log(line, step=step)
-        print0(describe_line(line, self.cfg.steps))
+        self.spent.append(sum(self.seconds.values()))
+        left = sum(self.spent) / len(self.spent) * (self.cfg.steps - step - 1)
+        print0(describe_line(line, self.cfg.steps, self.own, left))
         self.warn(line)
         self.next_step = step + 1
         for part in (self.totals, self.values, self.seconds, self.samples, self.shown, self.terms):
@@ -204,24 +218,18 @@ def describe_row(row, number: int | None = None, values: Tensor | None = None) -
     return found | texts | {"row": number, "prefix_advantage": row.prefix_advantage}
 
 
-def describe_line(line: dict[str, float], steps: int) -> str:
-    """step 12/500 | reward 0.412 | ..., at fixed widths; the README explains it in this order."""
-    shown = [f"step {line['step']:>4}/{steps}"]
-    if "groups_mixed" in line:
-        shares = (f"{name} {line[f'groups_{name}']:.2f}" for name in ("mixed", "solved", "failed"))
-        shown.append(f"reward {line['reward']:.3f} | {' '.join(shares)}")
-    if "guided_reward" in line:
-        shown.append(f"guided {line['guided_reward']:.3f}")
-    cut = f" cut {line['truncated']:.2f}" if "truncated" in line else ""
-    if "completion_tokens" in line:
-        shown.append(f"len {line['completion_tokens']:6.1f}{cut}")
-    entropy = f"entropy {line['entropy']:.3f}" if "entropy" in line else "no row to train on"
-    shown.append(f"loss {line['loss']:+.4f} {entropy} grad {line['grad_norm']:.3f}")
+def describe_line(line: dict[str, float], steps: int, own: Iterable[str], left: float) -> str:
+    """step 12/500 | reward 0.412 test 0.38 | ...: LINE, what loss_fn returns beside that, trained
+    tokens a second, time left, where the time went. The README explains it in this order.
+    """
+    known = {name for part in LINE for name in part} | {"trained_tokens"}
+    parts = [*LINE, {name: name for name in own if name not in known}]
+    shown = [" ".join(f"{name} {line[key]:.4g}" for key, name in part.items() if key in line) for part in parts]
     seconds = {k.removeprefix("seconds_"): v for k, v in line.items() if k.startswith("seconds_") and v >= 0.05}
-    shown.append(" ".join([*(f"{k} {v:.1f}s" for k, v in seconds.items()), f"{line['peak_memory_mb']} MB"]))
-    if "test_accuracy" in line:
-        shown.append(f"test accuracy {line['test_accuracy']:.3f}")
-    return " | ".join(shown)
+    rate = line.get("trained_tokens", 0) / max(sum(v for k, v in seconds.items() if k != "evaluation"), 0.05)
+    shown += [f"{rate:.0f} tokens/s {timedelta(seconds=round(left))} left" if rate else "no row to train on"]
+    shown += [" ".join([*(f"{k} {v:.1f}s" for k, v in seconds.items()), f"{line['peak_memory_mb']} MB"])]
+    return " | ".join([f"step {line['step']:>4}/{steps}", *filter(None, shown)])
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -428,7 +436,7 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
         print0(f"step {step:>4}/{step} | done{values}")
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
-        print0(f"stopped at step {step}; continue with --resume {log.out}")
+        print0(f"stopped at step {step}; continue with --resume {log.out}, or with --steps {step} too: its final/")
     if log.world.rank == 0:
         (log.out / "lock").write_text("")  # a run that ended may go on on another host
     shutdown()
@@ -466,4 +474,4 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # they are written 0600
     dist.barrier()
-    print0(f"the trained model is in {log.out / 'final'}")
+    print0(f"the trained model is in {final}\n  vllm serve {final}\n  python eval.py --model {final}")

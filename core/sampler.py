@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 from core.config import RunConfig
 from core.model import Policy, Tokenizer, load_model, named_weights
-from core.processes import World
+from core.processes import World, waiting
 
 Sampled = tuple[list[int], list[float]]  # new token ids, and their log-probabilities at the sampling temperature
 
@@ -81,7 +80,7 @@ class TransformersEngine:
         size = [len(prompt) + len(prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: size[i])
         found: list[list[Sampled]] = [[] for _ in prompts]
-        bar = tqdm(total=len(prompts) * n, desc="rollouts", disable=None, leave=False, delay=2)
+        bar = waiting(total=len(prompts) * n, desc="rollouts")
         while order:
             longest = size[order[-1]] - len(prefixes[order[-1]]) + max_tokens
             take = max(1, self.max_batch_tokens // (n * longest))

@@ -301,7 +301,7 @@ def test_wandb_that_is_not_installed(tmp_path):
     """The package is named, and the folder is free for the next try."""
     (tmp_path / "wandb").mkdir()
     out = ["--out", str(tmp_path / "run")]
-    done = run_script("sft.py", *FLAGS, *out, "--wandb", check=False)
+    done = run_script("sft.py", *FLAGS, *out, "--wandb_project", "mine", check=False)
     ends_with(done, "No module named 'wandb'; pip install wandb")
     run_script("sft.py", *FLAGS, *out)
 

@@ -72,11 +72,11 @@ def parsed(config: type, *flags: str) -> object:
 
 def test_the_command_line_reaches_both_parts():
     """Flags without a prefix, with - or _, of the method and of the run."""
-    given = ["--kl_coef", "0.5", "--group-size", "3", "--grad_clip", "0.25", "--weight-decay", "0.75", "--wandb"]
+    given = ["--kl_coef", "0.5", "--group-size", "3", "--grad_clip", "0.25", "--weight-decay", "0.75"]
     cfg = parsed(grpo.Config, *given, "--no-scale_by_std")
     assert (cfg.kl_coef, cfg.group_size, cfg.scale_by_std) == (0.5, 3, False)
-    assert (cfg.run.grad_clip, cfg.run.weight_decay, cfg.run.wandb) == (0.25, 0.75, True)
-    changed = {"kl_coef", "group_size", "scale_by_std", "grad_clip", "weight_decay", "wandb"}
+    assert (cfg.run.grad_clip, cfg.run.weight_decay) == (0.25, 0.75)
+    changed = {"kl_coef", "group_size", "scale_by_std", "grad_clip", "weight_decay"}
     before, after = flat(grpo.Config()), flat(cfg)
     assert {flag for flag in before if before[flag] != after[flag]} == changed
 
