@@ -7,6 +7,7 @@ import re
 import subprocess
 
 import pytest
+import yaml
 from conftest import ROOT
 from mutations import MUTATIONS, known_bugs
 
@@ -266,6 +267,18 @@ def test_pages_name_files_that_exist():
             if "mine" in path:
                 continue  # that of the page's reader
             assert (ROOT / path.rstrip("/")).exists(), f"{page}: {path}"
+
+
+def test_citation_and_contributing():
+    """What cff 1.2.0 requires, of an author who is no person; one screen, and make's real targets."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited) and cited["authors"] == [
+        {"name": "nanoRFT contributors"}
+    ]
+    assert cited["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT")
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert len(text.splitlines()) <= 40
+    assert set(re.findall(r"`make (\w+)`", text)) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def test_other_numbers_of_the_readme(capsys):
