@@ -270,7 +270,7 @@ def test_pages_name_files_that_exist():
 
 
 def test_citation_and_contributing():
-    """What cff 1.2.0 requires, of an author who is no person; one screen, and make's real targets."""
+    """What cff 1.2.0 requires, of an author that is no person; one screen; targets of make."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(cited) and cited["authors"] == [
         {"name": "nanoRFT contributors"}
