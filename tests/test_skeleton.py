@@ -264,7 +264,9 @@ def test_pages_name_files_that_exist():
     """What the pages name in backticks or links is here."""
     for page in ("README.md", "WALKTHROUGH.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md", "tiny/README.md"):
         text = (ROOT / page).read_text()
-        for path in re.findall(r"[`(]((?:core|tests|results|tiny|examples)/[\w./]*?|[A-Z]+\.\w+)[`)]", text):
+        for path in re.findall(
+            r"[`(]((?:core|tests|results|tiny)/[\w./]*?|examples/(?:\w+\.patch)?|[A-Z]+\.\w+)[`)]", text
+        ):
             if "mine" in path:
                 continue  # that of the page's reader
             assert (ROOT / path.rstrip("/")).exists(), f"{page}: {path}"
