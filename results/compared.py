@@ -27,7 +27,11 @@ def check(records: list[dict], partial: bool) -> list[str]:
         sys.exit(f"The working tree had changes in {len(dirty)} runs, the first of them {dirty[0]}.")
     if twice := sorted({run for run in runs if runs.count(run) > 1}):
         sys.exit(f"{len(twice)} runs have several records, the first of them {twice[0]}.")
-    wanted = {c.name: c for c in claims.cells(records, sum(flags["steps"] for _, flags in records[0]["stages"]))}
+    grid = [f"rate/{arm}/{m}/{lr:g}" for arm in ("controlled", "paper") for m in claims.METHODS for lr in claims.RATES]
+    there = {r["cell"] for r in records}  # a rate that has not been tried is no arm's best
+    untried = [{"cell": name, "accuracy": {"0": 0.0}} for name in grid if partial and name not in there]
+    steps = sum(flags["steps"] for _, flags in records[0]["stages"])
+    wanted = {c.name: c for c in claims.cells(records + untried, steps)}
     for r in records:
         cell = wanted.get(r["cell"])
         if cell is None or (json.loads(json.dumps(cell.stages)), cell.bug) != (r["stages"], r["bug"]):
@@ -143,4 +147,6 @@ def pairs(claim: dict, cells: dict[str, dict]) -> list[tuple[float, float, float
 def verdict(differences: list[float], reverse: str = "the reverse is seen") -> str:
     """The one rule."""
     mean, half = interval(differences)
+    if len(differences) == 1:
+        return "one seed, no interval"
     return "*seen*" if mean - half > 0 else f"*not seen*; {reverse}" if mean + half < 0 else "*not seen*"

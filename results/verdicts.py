@@ -11,6 +11,7 @@ where the interval is above 0, else *not seen*; where it is below 0, the reverse
 
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
+def between(mean: float, half: float, sign: str = "", digits: int = 3) -> str:
+    """The interval, of one seed the value."""
+    return f"{mean:{sign},.{digits}f}" + (f" ± {half:,.{digits}f}" if np.isfinite(half) else " (one seed)")
+
+
 def known(arm: str, cells: dict) -> dict[str, tuple[dict, list[dict]]]:
     """{method: (its cell, its runs)} of an arm."""
     there = {name: cells[f"{arm}/{name}"] for name in METHODS if f"{arm}/{name}" in cells}
@@ -52,7 +58,7 @@ def accuracy_table(arm: str, cells: dict, ks: tuple[str, ...]) -> str:
     rows = [["before training", *(f"{cells['base']['splits'][split][k]:.3f}" for split, k in columns)]]
     for name, (_, runs) in known(arm, cells).items():
         found = [interval([run["splits"][split][k] for run in runs]) for split, k in columns]
-        rows.append([name, *(f"{mean:.3f} ± {half:.3f}" for mean, half in found)])
+        rows.append([name, *(between(*each) for each in found)])
     return table(["", *(split + (f", {k}" if len(ks) > 1 else "") for split, k in columns)], rows)
 
 
@@ -119,7 +125,8 @@ def origin(cells: dict) -> str:
     machines = sorted({machine for line in lines for machine in line["hardware"]})
     count, missing = sum(len(line["seeds"]) for line in lines), cells["base"]["missing"]
     text = f"{count} runs of commit {lines[0]['commit'][:7]} ({'; '.join(versions)}; {'; '.join(machines)})"
-    return text + (f"; missing: {', '.join(missing)}" if missing else "")
+    kinds = Counter("/".join(name.split(" (")[0].split("/")[: 1 + name.startswith("rate")]) for name in missing)
+    return text + (f"; **not run yet**: {', '.join(f'{n} of {kind}' for kind, n in kinds.items())}" if missing else "")
 
 
 # Claims -------------------------------------------------------------------------------------------
@@ -135,7 +142,7 @@ def measured(claim: dict, cells: dict) -> tuple[str, str]:
     unit, digits = (1e3, 0) if claim.get("what") == "tokens to" else (1, 1 if claim.get("what") == "steps to" else 3)
     mean, half = interval(differences / unit)
     sides = " against ".join(f"{side.mean() / unit:,.{digits}f}" for side in (a, b))
-    figure = f"{sides}: {mean:+,.{digits}f} ± {half:,.{digits}f} ({len(a)} seeds)"
+    figure = f"{sides}: {between(mean, half, '+', digits)} ({len(a)} seeds)"
     limit = {"share", "bound"} & set(claim)
     return figure, verdict(differences, *(["it takes more"] if limit else []))
 
@@ -187,7 +194,7 @@ def audit_table(cells: dict) -> str:
                     return "not run\n"
                 gains = [d for _, _, d in pairs(claim, cells)]
                 mean, half = interval(gains)
-                row.append(f"{mean:+.3f} ± {half:.3f}")
+                row.append(between(mean, half, "+"))
                 if b in bugs:
                     repaired = [d for _, _, d in pairs(claim | {"a": "controlled/sft_then_grpo"}, cells)]
                     row.append(f"{np.mean(repaired) / mean:.0%}" if mean - half > 0 else "no advantage")
@@ -204,7 +211,7 @@ def kept_table(cells: dict) -> str:
         claim, row = {"a": f"controlled/{name}", "b": "base"}, [name]
         for split, k in columns:
             gains = [d for _, _, d in pairs(claim | {"split": split, "what": k}, cells)]
-            row.append("{:+.3f} ± {:.3f}".format(*interval(gains)))
+            row.append(between(*interval(gains), "+"))
         rows.append(row)
     return table(["minus the base", *(f"{split}, {k}" for split, k in columns)], rows)
 

@@ -52,6 +52,7 @@ def curve(cell: dict, what: str, unit: str) -> tuple[np.ndarray, list[tuple[floa
 
 def draw(cells: dict) -> None:
     for file, rows in ROWS.items():
+        rows = [row for row in rows if any(name.startswith(f"{row[0]}/") for name in cells)]
         size = (12, 2.4 * len(rows) + 1.2)
         figure, axes = plt.subplots(len(rows), len(FAMILIES), figsize=size, sharey="row", layout="constrained")
         for number, (arm, label, what, unit) in enumerate(rows):

@@ -76,7 +76,7 @@ def test_a_missing_run_may_be_and_is_named_on_the_page(records):
     some = [r for r in records if (r["cell"], r["seed"]) != ("controlled/sft", 3)]
     cells = {line["cell"]: line for line in compared.compact(some, REPORT, True)}
     assert sorted(cells["controlled/sft"]["seeds"]) == ["0", "1", "2", "4"]
-    assert "; missing: controlled/sft (seed 3)" in verdicts.origin(cells)
+    assert "; **not run yet**: 1 of controlled" in verdicts.origin(cells)
     assert "mean of 4 or 5 seeds" in verdicts.short_page(cells)
 
 
@@ -116,7 +116,7 @@ def test_verdict():
     assert compared.verdict([0.1, 0.2, 0.3]) == "*not seen*"
     assert compared.verdict([0.2, 0.25, 0.3]) == "*seen*"
     assert compared.verdict([-0.2, -0.25, -0.3]) == "*not seen*; the reverse is seen"
-    assert compared.verdict([0.5]) == "*not seen*"
+    assert compared.verdict([0.5]) == "one seed, no interval"
 
 
 def run_of(accuracy: list[float], **curves: list) -> dict:
