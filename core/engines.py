@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ def longest_row(run: RunConfig, max_completion_tokens: int) -> int:
     """Tokens of the longest prompt and completion; more than the model's window end the run."""
     longest, positions = run.max_prompt_tokens + max_completion_tokens, window(run)
     if longest > positions:
-        fail(
-            f"prompt and completion have up to {longest} tokens, the window of {run.model} is {positions}; lower "
-            "--max_completion_tokens or --max_prompt_tokens, or stretch it with --rope_theta and --max_positions"
-        )
+        said = f"prompt and completion have up to {longest} tokens, the window of {run.model} is {positions}"
+        said += "; lower --max_completion_tokens or --max_prompt_tokens"
+        fail(f"{said}, or stretch it with --rope_theta and --max_positions")
     return longest
 
 
@@ -31,12 +30,8 @@ def load_engine(run: RunConfig, tokenizer: Tokenizer, world: World, max_completi
         fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
     if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
         return LateEngine(lambda: TransformersEngine(run, tokenizer, world))
-
-    def vllm_engine() -> object:
-        module = importlib.import_module("core.vllm_sampler")  # here, since it costs seconds and gigabytes
-        return module.VLLMEngine(run, tokenizer, world, longest)
-
-    return LateEngine(vllm_engine)
+    load = partial(importlib.import_module, "core.vllm_sampler")  # late, since it costs seconds and gigabytes
+    return LateEngine(lambda: load().VLLMEngine(run, tokenizer, world, longest))
 
 
 class LateEngine:

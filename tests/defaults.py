@@ -13,6 +13,7 @@ template_args = 'date=2024-07-26' | ours: the day that Llama 3.2's template has 
 system = None | ours: the rows' own
 request = '\\nPlease reason step by step, and put your final answer within \\\\boxed{}.' | Qwen2.5-Math's words
 check_traces = True | ours
+traces = 'required' | ours: a file that needs traces says so
 columns = '' | ours
 max_prompt_tokens = 1024 | train.sh of LUFFY, ReLIFT, HPT: data.max_prompt_length
 seed = 0 | ours

@@ -100,8 +100,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "bridge.py",
-        "common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed + 1",
-        "common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed",
+        "common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed + 1",
+        "common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed",
     ),
     ("prefix_rft.py", "seed = (cfg.run.seed, step, 1)", "seed = (cfg.run.seed, step, 0)"),
     (
