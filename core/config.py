@@ -64,7 +64,7 @@ class RunConfig:
 def asked(cfg) -> dict[str, object]:
     """How a training script has questions asked and traces checked, as load_problems takes it."""
     names = "template template_args system request columns max_prompt_tokens check_traces max_completion_tokens".split()
-    flags, online, optional = flat(cfg), hasattr(cfg, "group_size"), cfg.run.traces == "optional"
+    flags, online, optional = vars(cfg.run) | vars(cfg), hasattr(cfg, "group_size"), cfg.run.traces == "optional"
     return {name: flags[name] for name in names} | {"need_answers": online, "optional": online and optional}
 
 
