@@ -6,6 +6,7 @@ Tables of a row and what comes of it, under tokenizers with a chat template and 
 import datetime
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
