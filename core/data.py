@@ -511,10 +511,10 @@ def load_problems(name: str, tokenizer: Tokenizer, template="auto", split="train
         grades, _ = once(lambda: grade(traced, texts, progress="checking expert traces"), len(texts))
         for problem, found in zip(traced, grades, strict=True):
             if not problem.grader.solves(found.reward):
-                where, fate = kept.pop(problem.id)[0], "kept without a trace" if asking.optional else "dropped"
+                where, fate = kept[problem.id][0], "kept without a trace" if asking.optional else "dropped"
                 dropped[f"{fate}: expert trace that the verifier rejects"].append(where)
-                kept |= {problem.id: (where, replace(problem, expert_ids=[], step_ends=()))} if asking.optional else {}
-    problems = [problem for _, problem in kept.values()]
+                kept[problem.id] = where, replace(problem, expert_ids=[], step_ends=())
+    problems = [problem for _, problem in kept.values() if problem.expert_ids != [] or asking.optional]
     drops = "; ".join(f"{len(places)} {reason} (first {places[0]})" for reason, places in dropped.items())
     print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
     first = next((p for p in problems if p.expert_ids or not asking.require_expert), None)
@@ -558,7 +558,7 @@ def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
         control = control_tokens(asking.tokenizer)
         solution = CALCULATOR.sub("", re.sub(rf"(({control.pattern})\s*)+\Z", "", solution))
         if thinks and opens(solution):  # as its prompt does
-            solution = re.sub(r"\s*<think>\n*", "", solution, count=1)
+            solution = solution.lstrip().removeprefix("<think>").removeprefix(prompt[len(prompt.rstrip()) :])
         solution = with_box(solution, found["answer"], row, thinks) if checked else solution
         if inside := control.search(solution):
             return f"expert trace with the control token {inside[0]} inside"
