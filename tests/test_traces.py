@@ -264,11 +264,15 @@ def test_without_traces_it_is_grpo(method, problems, grpo, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["prefix_rft", "trapo"])
 def test_without_traces_there_is_no_prefix(method, problems, tmp_path):
     """Their rows come from several seeds, so that they are grpo.py's in kind but not in number."""
-    extra = ["--advantages", "split"] if method == "prefix_rft" else []
-    train(method, *small(problems[0], tmp_path / "run", *extra, *MIXED, "--traces", "optional"))
-    *lines, _ = read_metrics(tmp_path / "run")
-    assert len(lines) == 4 and all("reward" in line and "guided_reward" not in line for line in lines)
-    assert max(line["groups_mixed"] for line in lines) > 0
+    for kind in ("group", "split") if method == "prefix_rft" else ("",):
+        extra = ["--advantages", kind, "--zero_variance", "drop"] if kind else []
+        train(method, *small(problems[0], tmp_path / f"run{kind}", *extra, *MIXED, "--traces", "optional"))
+        *lines, _ = read_metrics(tmp_path / f"run{kind}")
+        assert len(lines) == 4 and all("reward" in line and "guided_reward" not in line for line in lines)
+        assert max(line["groups_mixed"] for line in lines) > 0
+    if method == "prefix_rft":
+        a, b = weights(tmp_path / "rungroup"), weights(tmp_path / "runsplit")
+        assert all((a[k] == b[k]).all() for k in a)
 
 
 @pytest.mark.parametrize(
