@@ -1,7 +1,4 @@
-results:  ## tables, verdicts and figures from results/*.jsonl, and what the papers report
-	python results/verdicts.py
-	python results/real.py --page
-	python results/published.py write
+.PHONY: check lint test smoke diffs table results plots gpu speedrun clean
 
 check: lint test
 
@@ -13,7 +10,7 @@ test:
 	python -m pytest -q -n 2
 
 smoke:  ## the README's first command
-	python bread.py --model tiny
+	python bread.py --model map
 
 diffs:  ## every method against its parent: the diff is the documentation
 	@python results/methods.py diffs
@@ -21,13 +18,10 @@ diffs:  ## every method against its parent: the diff is the documentation
 table:  ## the tables of README.md
 	python results/methods.py readme
 
-<<<<<<< HEAD
-results:  ## tables, verdicts and figures from results/claims.jsonl
+results:  ## tables, verdicts and figures from results/*.jsonl, and what the papers report
 	python results/verdicts.py
-=======
-results:  ## what the papers report and what it would cost: results/README.md
+	python results/real.py --page
 	python results/published.py write
->>>>>>> published
 
 gpu:  ## ten minutes on one card: results/gpu.md
 	python results/gpu.py

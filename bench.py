@@ -1,7 +1,7 @@
 """What the code costs: the update phase beside a plain padded loop, and the memory of a method.
 
 python bench.py                  tokens a second, share of the matmul roofline, peak memory
-python bench.py --what memory    GiB per GPU of the papers' experiments: the table of the README
+python bench.py --what memory    GiB per GPU of the papers' experiments: the table of MANUAL.md
 python bench.py --what memory --method bread --model Qwen2.5-7B --gpus 8
                                  measured now, in seconds, without a GPU and without weights; any
                                  flag of the method may follow (results/memory.py says how)

@@ -30,7 +30,7 @@ grpo.py's.
     torchrun bread.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 bread.py --problems_per_step 32 --steps 200 --warmup_steps 10 \
         --clip_high 0.3                                                  a published re-run's
-    python bread.py --model tiny                                         a laptop, about two minutes
+    python bread.py --model map                                          a laptop, about two minutes
 """
 
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ theta, for one card. --no-meta drops the shadow: w then follows SFT and RL alone
 
     torchrun bridge.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 bridge.py --model Qwen2.5-3B            the paper's, as far as known
-    python bridge.py --model tiny                                        a laptop
+    python bridge.py --model map                                         a laptop
 """
 
 import math

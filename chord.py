@@ -22,7 +22,7 @@ before the update, with v), no tis_cap, and a dual clip of 3 where A < 0.
 
     torchrun chord.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 chord.py --model Qwen2.5-7B-Instruct --max_completion_tokens 10240
-    python chord.py --model tiny                                         a laptop
+    python chord.py --model map                                          a laptop
 """
 
 import math

@@ -5,12 +5,10 @@ ground under it is in core/ (processes, config, model, data, packing, engines, v
 
 Shapes: B rows, T completion tokens, V vocabulary, P problems, N rows of one problem (group size).
 Every (B, T) tensor is on the completion axis: column t is completion token t, so logprobs[b, t] =
-log pi(completion_ids[b, t] | prompt b, completion_ids[b, :t]). There are no prompt columns and
-nobody shifts by one.
+log pi(completion_ids[b, t] | prompt b, completion_ids[b, :t]). Nobody shifts by one.
 
 The rule that keeps the numbers right: a loss is a sum over tokens of weight x term, the weights are
-fixed before the first backward from counts over all micro-batches and all ranks, and gradients
-*sum* over micro-batches and ranks.
+fixed before the first backward from counts over micro-batches and ranks, and gradients *sum*.
 """
 
 import math
@@ -40,8 +38,8 @@ from core.model import (
     shard,
 )
 from core.packing import lay_out, measure, plan
-from core.processes import StopSignal, World, all_sum, exchange, fail, gather, init, print0, shutdown
-from core.records import RunLog, agree, finish, resume, save
+from core.processes import StopSignal, Waited, World, all_sum, exchange, fail, gather, init, print0, shutdown
+from core.records import SHOWN, RunLog, agree, finish, resume, save
 from core.rewards import RewardFn, countdown_reward, grade, knights_reward, load_grader, math_reward, words_reward
 from core.verifier import answer_part, boxed, completion_text
 
@@ -56,9 +54,8 @@ def load_data(cfg, tokenizer: Tokenizer, reward_fn: RewardFn, require_expert: bo
 
 
 def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at: int | None = None) -> list[Problem]:
-    """This rank's share of n problems in the line of epochs, from `at` on, else from step * n.
-
-    A pure function. An epoch has every problem once, shuffled; rank r takes every world.size-th.
+    """This rank's share of n problems in the line of epochs, from `at` on, else from step * n. A
+    pure function. An epoch has every problem once, shuffled; rank r takes every world.size-th.
     """
     size, first = len(problems), step * n if at is None else at
     epochs = {place // size for place in range(first, first + n)}
@@ -70,9 +67,8 @@ def draw(problems: list[Problem], n: int, step: int, seed: int, world: World, at
 
 
 def share(values: list, update: int, updates: int, total: int, world: World) -> list:
-    """This rank's values (one per problem) that belong to one of the step's updates.
-
-    Updates are consecutive parts of the step's `total` problems, the same on any number of ranks.
+    """This rank's values (one per problem) of one of the step's updates: consecutive parts of its
+    `total` problems, the same on any number of ranks.
     """
     return [value for i, value in enumerate(values) if (i * world.size + world.rank) * updates // total == update]
 
@@ -94,6 +90,7 @@ class Rollout:
     prefix_advantage: float | None = None  # of the expert's tokens, where it is not the row's (prefix_rft.py)
     taught: bool = True  # False: the expert's tokens are not a target, since another row has the same (trapo.py)
     old_logprobs: Tensor | None = None  # (completion length,), of the policy that made the batch; None: not stored
+    seen: tuple | None = None  # what the last update computed of it, for samples.jsonl: token_logprobs
 
     @property
     def solved(self) -> bool:
@@ -169,21 +166,18 @@ def evaluate(sampler: Sampler, problems: list[Problem], cfg, world: World) -> di
 
 def log_rollouts(log: RunLog, groups: list[list[Rollout]]) -> None:
     """Log what the policy wrote alone, the reward of rows that had help, and two samples."""
-    guided = [r for group in groups for r in group if r.num_expert_tokens or r.problem.hinted]
     plain = [own for group in groups if (own := [r for r in group if not (r.num_expert_tokens or r.problem.hinted)])]
     log.add_mean("groups_mixed", [len({r.reward for r in group}) > 1 for group in plain])
     log.add_mean("groups_solved", [all(r.solved for r in group) for group in plain])
     log.add_mean("groups_failed", [not any(r.solved for r in group) for group in plain])
-    log.add_mean("guided_reward", [r.reward for r in guided])
+    log.add_mean("guided_reward", [r.reward for g in groups for r in g if r.num_expert_tokens or r.problem.hinted])
     for group in plain:  # each counts once, however many plain rows it has
         log.add_mean("reward", [sum(r.reward for r in group) / len(group)])
         for name in group[0].parts:
             log.add_mean(f"reward_{name}", [sum(r.parts.get(name, 0.0) for r in group) / len(group)])
         log.add_mean("completion_tokens", [sum(len(r.completion_ids) for r in group) / len(group)])
         log.add_mean("truncated", [sum(not r.finished for r in group) / len(group)])
-    for r in [r for group in groups[:1] for r in (group[0], group[-1])]:
-        sample = {"id": r.problem.id, "problem": r.problem.text, "completion": r.text, "reward": r.reward}
-        log.samples.append(sample | {"expert_tokens": r.num_expert_tokens, "tokens": len(r.completion_ids)})
+    log.samples += [r for group in groups[:1] for r in (group[0], group[-1])]
 
 
 # Formulas -----------------------------------------------------------------------------------------
@@ -280,7 +274,6 @@ class Batch:
 
 def make_batch(rollouts: list[Rollout], device="cpu", filler: bool = False, shared: list[int] = ()) -> Batch:
     """Rows to tensors; shared as in lay_out. A filler, for a rank without rows, has no mask True.
-
     ValueError where a row has no prompt token or no completion token.
     """
     lengths = [len(r.completion_ids) for r in rollouts]
@@ -321,12 +314,13 @@ def make_batch(rollouts: list[Rollout], device="cpu", filler: bool = False, shar
     )
 
 
-def bare(rollout: Rollout) -> Rollout:
-    """What an update needs of a row, in arrays: so it goes to another rank."""
+def bare(rollout: Rollout, number: int) -> Rollout:
+    """What an update and the log need of a row, in arrays: so it goes to another rank."""
     p, ids = rollout.problem, np.array(rollout.problem.prompt_ids, np.int32)
-    problem = Problem(p.id, "", ids, "", None, score=p.score, occurrence=p.occurrence, hinted=p.hinted)
+    said, text = (p.text, rollout.text) if number < SHOWN else ("", "")
+    problem = Problem(p.id, said, ids, "", None, score=p.score, occurrence=p.occurrence, hinted=p.hinted)
     ids, logprobs = np.array(rollout.completion_ids, np.int32), np.array(rollout.sampler_logprobs, np.float32)
-    return replace(rollout, problem=problem, completion_ids=ids, sampler_logprobs=logprobs, text="", parts={})
+    return replace(rollout, problem=problem, completion_ids=ids, sampler_logprobs=logprobs, text=text, parts={})
 
 
 def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list[Batch]:
@@ -340,8 +334,8 @@ def microbatches(rollouts: list[Rollout], max_tokens: int, world: World) -> list
     steps = plan(sum(sizes, []), world.size, max_tokens)
     own = dict(enumerate(rollouts, sum(map(len, sizes[: world.rank]))))
     dealt = [[i for step in steps for i, _ in step[rank] if i in own] for rank in range(world.size)]
-    leaving = [{} if rank == world.rank else {i: bare(own[i]) for i in part} for rank, part in enumerate(dealt)]
-    here, batches = ChainMap(own, *exchange(leaving, world)), []
+    leaving = [{} if rank == world.rank else {i: bare(own[i], i) for i in part} for rank, part in enumerate(dealt)]
+    here, batches = ChainMap(own, *exchange(leaving, world)), Waited()
     blank = Rollout(Problem("filler", "", [0], "", None), [0])
     for step in steps:
         numbers, shared = zip(*step[world.rank], strict=True) if step[world.rank] else ((), ())
@@ -374,7 +368,13 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float, entropy_gra
     """
     logprobs, entropy = policy(*batch.line, temperature, entropy_grad)
     empty = logprobs.new_zeros(batch.completion_ids.shape)
-    return empty.index_put(batch.place, logprobs), empty.index_put(batch.place, entropy)
+    logprobs, entropy = empty.index_put(batch.place, logprobs), empty.index_put(batch.place, entropy)
+    if logprobs.requires_grad and min(batch.numbers, default=SHOWN) < SHOWN:
+        kept = torch.stack((logprobs, entropy, empty)).detach()
+        logprobs.register_hook(lambda grad: kept.__setitem__(2, grad))  # of the loss, in the backward
+        for i, (number, row) in enumerate(zip(batch.numbers, batch.rollouts, strict=True)):
+            row.seen = (number, kept[:, i, : batch.lengths[i]]) if number < SHOWN else None
+    return logprobs, entropy
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ reward, mixed, solved and failed are of all groups drawn, without the penalty.
     torchrun dapo.py --model Qwen2.5-1.5B --problems_per_step 64 --updates_per_step 2    one GPU
     torchrun --nproc_per_node 8 dapo.py --model Qwen2.5-32B --tensor_parallel 8 \
         --tis_cap 0                                                      the paper's
-    python dapo.py --model tiny                                          a laptop
+    python dapo.py --model map                                           a laptop
 """
 
 from dataclasses import dataclass

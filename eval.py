@@ -50,7 +50,7 @@ BENCHMARKS = {  # name: hub data set (owner/name or owner/name:configuration), s
 
 @dataclass
 class Config:
-    model: str = "tiny"  # model folder, hub name, or tiny (bundled)
+    model: str = "tiny"  # model folder, hub name, or map or tiny (bundled)
     data: str = "math500"  # names of benchmarks, files or hub names, separated by commas
     data_dir: str = ""  # folder with NAME or NAME_test as .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
     out: str = ""  # folder of the report; empty: eval in the model's folder, or eval-<model> here for a hub name

@@ -19,7 +19,7 @@ for the groups that are dropped.
 
     torchrun grpo.py --model Qwen2.5-1.5B                                one GPU
     torchrun --nproc_per_node 8 grpo.py --model Qwen2.5-7B --clip_high 0.28 --updates_per_step 2
-    python grpo.py --model tiny                                          a laptop
+    python grpo.py --model map                                           a laptop
 """
 
 from dataclasses import dataclass

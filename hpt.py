@@ -29,7 +29,7 @@ ours half of the problems. It has no tis_cap.
     torchrun --nproc_per_node 8 hpt.py --model Qwen2.5-Math-7B --rope_theta 40000 \
         --max_positions 16384 --sft_coef 0.12 --grad_clip 0.016 --skip_above 1.25 \
         --entropy_coef 0.00026 --tis_cap 0                               the script's
-    python hpt.py --model tiny                                           a laptop
+    python hpt.py --model map                                            a laptop
 """
 
 from dataclasses import dataclass

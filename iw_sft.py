@@ -36,7 +36,7 @@ normalised; --normalize divides them by their mean over the step's tokens.
     torchrun iw_sft.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 iw_sft.py --model Qwen2.5-32B-Instruct --loss_norm sequence \
         --data simplescaling/s1K-1.1                                     the paper's
-    python iw_sft.py --model tiny                                        a laptop
+    python iw_sft.py --model map                                         a laptop
 """
 
 import math

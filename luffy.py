@@ -28,7 +28,7 @@ micro-batch: on our scale its grad_clip is 0.016 and its entropy_coef 0.00026. I
     torchrun luffy.py --model Qwen2.5-1.5B                               one GPU
     torchrun --nproc_per_node 8 luffy.py --model Elliott/Qwen2.5-Math-7B-16k-think \
         --grad_clip 0.016 --entropy_coef 0.00026 --tis_cap 0             the paper's
-    python luffy.py --model tiny                                         a laptop
+    python luffy.py --model map                                          a laptop
 """
 
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ entropy_coef 0.00026. It has no tis_cap.
     torchrun prefix_rft.py --model Qwen2.5-1.5B                          one GPU
     torchrun --nproc_per_node 8 prefix_rft.py --model Qwen2.5-Math-7B --rope_theta 40000 \
         --max_positions 16384 --grad_clip 0.047 --entropy_coef 0.00026 --tis_cap 0  the paper's
-    python prefix_rft.py --model tiny                                    a laptop
+    python prefix_rft.py --model map                                     a laptop
 """
 
 import math

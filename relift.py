@@ -29,7 +29,7 @@ data set's, verified once at load.
     torchrun relift.py --model Qwen2.5-1.5B                              one GPU
     torchrun --nproc_per_node 8 relift.py --model Elliott/Qwen2.5-Math-7B-16k-think --steps 1070 \
         --grad_clip 0.011 --sft_grad_clip 8 --entropy_coef 0.00026 --tis_cap 0      the paper's
-    python relift.py --model tiny                                        a laptop
+    python relift.py --model map                                         a laptop
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ ends at 10 % of the peak, rows are packed without padding, and no sequence is cu
 
     torchrun sft.py --model Qwen2.5-1.5B                                 one GPU
     torchrun --nproc_per_node 8 sft.py --model Elliott/Qwen2.5-Math-7B-16k-think    2604.23747's
-    python sft.py --model tiny                                           a laptop
+    python sft.py --model map                                            a laptop
 """
 
 import math

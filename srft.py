@@ -30,7 +30,7 @@ scale, and there is no tis_cap.
     torchrun srft.py --model Qwen2.5-1.5B                                one GPU
     torchrun --nproc_per_node 8 srft.py --model Elliott/Qwen2.5-Math-7B-16k-think \
         --sft_coef 0.03 --grad_clip 0.016 --entropy_coef 0.00026 --tis_cap 0        HPT's script
-    python srft.py --model tiny                                          a laptop
+    python srft.py --model map                                           a laptop
 """
 
 from dataclasses import dataclass

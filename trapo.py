@@ -29,7 +29,7 @@ the 64 rows of the second command), its entropy_coef 0.0004 to 0.001. It has no 
         --max_positions 16384 --problems_per_step 128 --updates_per_step 2 --shares 0 0.2 0.5 1 \
         --thresholds -1 0.5 0.7 0.9 --lr 5e-6 --grad_clip 0.016 --entropy_coef 0.00026 \
         --tis_cap 0                                                      the paper's
-    python trapo.py --model tiny                                         a laptop
+    python trapo.py --model map                                          a laptop
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ the run, is --schedule uniform --hint_coef 0.
 
     torchrun uft.py --model Qwen2.5-1.5B                                 one GPU
     torchrun --nproc_per_node 2 uft.py --model Qwen2.5-0.5B --tis_cap 0  the paper's
-    python uft.py --model tiny                                           a laptop
+    python uft.py --model map                                            a laptop
 """
 
 import math

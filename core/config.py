@@ -19,7 +19,7 @@ class RunConfig:
     """Settings of every method: the field `run` of its Config; no prefix on the command line."""
 
     # data
-    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or tiny (bundled)
+    model: str = "Qwen2.5-1.5B-Instruct"  # hub name, folder, or map or tiny (bundled)
     data: str = "Elliott/Openr1-Math-46k-8192"  # hub names, .jsonl, .jsonl.gz or .parquet, separated by commas
     test_data: str = "HuggingFaceH4/MATH-500"  # the same; empty: no evaluation
     template: str = "auto"  # chat, think, plain, qwen_math; auto: the tokenizer's own, else plain
@@ -57,7 +57,7 @@ class RunConfig:
     eval_samples: int = 1  # per test problem
     save_every: int = 50  # steps
     keep: int = 2  # checkpoints
-    wandb: bool = False  # log there too
+    wandb_project: str = ""  # of wandb, to log there too (requirements-wandb.txt); empty: no
     data_hash: tyro.conf.Suppress[str] = ""  # no flag: of the problems, as they were when the run began
 
 
@@ -69,9 +69,9 @@ def asked(cfg) -> dict[str, object]:
 
 
 def resolve_model(name: str) -> str:
-    """tiny: the bundled folder. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
-    if name == "tiny":
-        return str(ROOT / "tiny")
+    """tiny, map: bundled folders. A folder: itself. Qwen...: Qwen/Qwen... The rest: a hub name."""
+    if name in ("tiny", "map"):
+        return str(ROOT / name)
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
@@ -133,8 +133,7 @@ def read_settings(path: Path) -> dict[str, object]:
     settings = read_json(path.read_bytes(), path) if path.is_file() else {}
     for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for name in section.keys() & {"data", "test_data", "reward"}:
-            files = [str((path.parent / file).resolve()) for file in section[name].split(",") if file]
-            section[name] = ",".join(files)
+            section[name] = ",".join(str((path.parent / file).resolve()) for file in section[name].split(",") if file)
     return settings
 
 

@@ -219,15 +219,11 @@ THINK_REQUEST = (
     "Reason step by step before you answer. Write the reasoning between <think> and </think>, where you may explore, "
     "verify and correct yourself, and after it the solution, with the final answer within \\boxed{}."
 )
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant{{ '\n' }}"
-)
-TEMPLATES = {  # chat is the tokenizer's own; think is chat, else this, and ends with an open <think>
-    "plain": "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}",
-    "qwen_math": CHATML,
-    "think": CHATML,
-}
+PLAIN = "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "<|im_start|>assistant{{ '\n' }}"
+# chat is the tokenizer's own; think is chat, else this, and ends with an open <think>
+TEMPLATES = {"plain": PLAIN, "qwen_math": CHATML, "think": CHATML}
 SYSTEMS = {"qwen_math": BOX_REQUEST.strip(), "think": THINK_REQUEST}  # their own system turn
 CUT = "\ufdd0"  # no character of any text
 
@@ -420,10 +416,8 @@ def episode_ends(problem: Problem, tokenizer: Tokenizer) -> list[int]:
 BOX = r"\\boxed(?!\{\s*\})|\\fbox|####"  # an empty one is the task's own words
 GIVEN = {False: re.compile(BOX), True: re.compile(BOX + r"|</think>|^\W*final answer\b", re.IGNORECASE | re.MULTILINE)}
 BREAK = re.compile(r"[\n!?]|[.](?!\w)")  # the end of a sentence, not of a decimal
-AS_FINAL = (
-    r"\b(?:answers?|results?|solution|conclu\w+|finally)\b(?:[^.!?]|[.](?=\w)){{0,80}}?{said}"
-    r"|{said} (?:is|must be) the (?:final |right |correct )?(?:answer|result)\b"
-)
+AS_FINAL = r"\b(?:answers?|results?|solution|conclu\w+|finally)\b(?:[^.!?]|[.](?=\w)){{0,80}}?{said}"
+AS_FINAL += r"|{said} (?:is|must be) the (?:final |right |correct )?(?:answer|result)\b"
 
 
 def written(answer: str) -> set[str]:

@@ -30,7 +30,7 @@ def load_engine(run: RunConfig, tokenizer: Tokenizer, world: World, max_completi
         fail("--sampler vllm: vLLM is not installed (requirements-gpu.txt has it); --sampler hf needs nothing more")
     if run.sampler == "hf" or not installed or (run.sampler == "auto" and world.device.type == "cpu"):
         return LateEngine(lambda: TransformersEngine(run, tokenizer, world))
-    load = partial(importlib.import_module, "core.vllm_sampler")  # late, since it costs seconds and gigabytes
+    load = partial(importlib.import_module, "core.vllm_sampler")  # at its first use: it costs seconds and gigabytes
     return LateEngine(lambda: load().VLLMEngine(run, tokenizer, world, longest))
 
 

@@ -267,10 +267,8 @@ class Policy(nn.Module):
         hidden = output.last_hidden_state[0, predict]
         numbers = 2**26 if hidden.is_cuda else 2**22  # of logits at a time; a CPU is slow to allocate more
         chunk = max(1, numbers // self.model.config.get_text_config().vocab_size)
-        parts = [
-            checkpoint(self.head, h, t, temperature, entropy_grad, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
+        chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        parts = [checkpoint(self.head, *some, temperature, entropy_grad, use_reentrant=False) for some in chunks]
         return tuple(torch.cat(part)[source] for part in zip(*parts, strict=True))
 
     def head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:

@@ -96,9 +96,7 @@ class Rows(NamedTuple):
     seen: Tensor | None  # (sum of keys,) their places in the line; None: no row shares any
 
 
-def lay_out(
-    rows: list[tuple[Sequence[int], Sequence[int]]], device: torch.device | str, shared: Sequence[int] = ()
-) -> tuple[tuple, tuple[Tensor, Tensor]]:
+def lay_out(rows: list[tuple], device: torch.device | str, shared: Sequence[int] = ()) -> tuple[tuple, tuple]:
     """Rows of prompt and completion ids in one line: with what Policy.forward begins, and (row,
     column) of each completion token, (M,). All numbers go to the device in one transfer.
 

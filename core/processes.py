@@ -12,16 +12,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 WAIT = timedelta(hours=4)  # in a collective: for rank 0, which checks the data, and for the slowest in rollouts
+waiting = partial(tqdm, disable=None, leave=False, delay=2)  # a bar on a wait of over two seconds, on a terminal
 PATIENCE = 600.0  # seconds without a new phase until rank 0 says in which all ranks are
+
+
+class Waited(list):
+    """What an update loops over."""
+
+    def __iter__(self):
+        return iter(waiting(super().__iter__(), total=len(self), desc="update"))
 
 
 @dataclass(frozen=True)

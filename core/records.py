@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,13 @@ SIGNS = (  # of a collapse: (value, its healthy range, what it means)
     ("truncated", 0.0, 0.8, "most completions do not end before the length limit"),
     ("sampler_ratio_off", 0.0, 0.1, "the sampler has other probabilities than the trainer"),
 )
+SHOWN = 16  # rows of each update, the first ones, that samples.jsonl has token by token
+LINE = (  # on the terminal: key of metrics.jsonl, and its name there; first what a person steers by
+    {"reward": "reward", "test_accuracy": "test"},
+    {"kl": "kl", "clip_fraction": "clip", "entropy": "entropy", "completion_tokens": "len", "truncated": "cut"},
+    {"groups_mixed": "mixed", "groups_failed": "failed", "guided_reward": "guided"},
+    {"loss": "loss", "grad_norm": "grad"},
+)
 Weights = Iterable[tuple[str, Tensor]]  # (name, whole tensor)
 State = dict[str, nn.Module | tuple[nn.Module, torch.optim.Optimizer]]  # what a checkpoint holds
 
@@ -57,13 +65,17 @@ class RunLog:
         self.totals: list[tuple[str, Tensor | float]] = []
         self.values: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.open_phase, self.samples = ("", 0.0), []
+        self.open_phase, self.samples, self.shown = ("", 0.0), [], []  # rollouts; what describe_row takes of others
         self.next_step, self.skipped, self.skip = 0, 0, False  # skip: the update at hand is left out
         self.terms: list[tuple] = []  # of the update at hand: (name, value, the rows of the micro-batch)
         self.recent: list[dict] = []  # the lines of at most five steps
+        self.own, self.spent = {}, []  # what loss_fn returns; seconds of each step so far
         self.out = open_folder(cfg, script, world)
-        if world.rank == 0 and cfg.run.wandb:  # the one optional package
-            self.wandb = importlib.import_module("wandb").init(project="sft-rl", name=self.out.name, config=flat(cfg))
+        if world.rank == 0 and cfg.run.wandb_project:  # the one optional package; a resumed run is the same there
+            named = {"name": self.out.name, "id": hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]}
+            self.wandb = importlib.import_module("wandb").init(
+                project=cfg.run.wandb_project, **named, resume="allow", config=flat(cfg)
+            )
         print0(f"run {self.out} on {world.size} x {world.device.type}")
 
     def phase(self, name: str) -> None:
@@ -92,6 +104,8 @@ class RunLog:
         if rows:
             ids, self.skip = "rows " + ", ".join(row.problem.id for row in rows[:8]), False
             self.terms += [(k, v, ids) for k, v in terms.items() if k != "trained_tokens"]
+            self.own |= dict.fromkeys(terms)
+            self.shown += [(row, *row.seen) for row in rows if row.seen]
 
     def check_update(self, norm_name: str, norm: float) -> None:
         """End the run before an update that is not finite, or leave it out (collective)."""
@@ -134,13 +148,16 @@ class RunLog:
                 line[f"tokens_per_second_{phase}"] = round(line.get(tokens, 0.0) / self.seconds[phase], 1)
         line["peak_memory_mb"] = round(peak_memory_mb(self.world.device))
         self.append("metrics.jsonl", [line])
-        self.append("samples.jsonl", [{"step": step, **sample} for sample in self.samples])
+        shown = gather([describe_row(*found) for found in self.shown], self.world)
+        self.append("samples.jsonl", [{"step": step, **row} for row in [*map(describe_row, self.samples), *shown]])
         if self.wandb:
             self.wandb.log(line, step=step)
-        print0(describe_line(line, self.cfg.steps))
+        self.spent.append(sum(self.seconds.values()))
+        left = sum(self.spent) / len(self.spent) * (self.cfg.steps - step - 1)
+        print0(describe_line(line, self.cfg.steps, self.own, left))
         self.warn(line)
         self.next_step = step + 1
-        for part in (self.totals, self.values, self.seconds, self.samples, self.terms):
+        for part in (self.totals, self.values, self.seconds, self.samples, self.shown, self.terms):
             part.clear()
 
     def warn(self, line: dict[str, float]) -> None:
@@ -186,24 +203,33 @@ def combine(terms: Iterable[tuple[str, float]]) -> dict[str, float]:
     return totals
 
 
-def describe_line(line: dict[str, float], steps: int) -> str:
-    """step 12/500 | reward 0.412 | ..., at fixed widths; the README explains it in this order."""
-    shown = [f"step {line['step']:>4}/{steps}"]
-    if "groups_mixed" in line:
-        shares = (f"{name} {line[f'groups_{name}']:.2f}" for name in ("mixed", "solved", "failed"))
-        shown.append(f"reward {line['reward']:.3f} | {' '.join(shares)}")
-    if "guided_reward" in line:
-        shown.append(f"guided {line['guided_reward']:.3f}")
-    cut = f" cut {line['truncated']:.2f}" if "truncated" in line else ""
-    if "completion_tokens" in line:
-        shown.append(f"len {line['completion_tokens']:6.1f}{cut}")
-    entropy = f"entropy {line['entropy']:.3f}" if "entropy" in line else "no row to train on"
-    shown.append(f"loss {line['loss']:+.4f} {entropy} grad {line['grad_norm']:.3f}")
+def describe_row(row, number: int | None = None, values: Tensor | None = None) -> dict:
+    """A line of samples.jsonl. values, (3, T): each token's log-probability and entropy in an
+    update, and the gradient of the loss by the former. Lists are texts: half as long.
+    """
+    found = {"id": row.problem.id, "problem": row.problem.text, "completion": row.text, "reward": row.reward}
+    found |= {"expert_tokens": row.num_expert_tokens, "tokens": len(row.completion_ids), "advantage": row.advantage}
+    if number is None:
+        return found
+    lists = {"ids": row.completion_ids, "sampler_logprobs": row.sampler_logprobs}
+    lists |= zip(("logprobs", "entropy", "gradient"), values.tolist(), strict=True)
+    lists |= {"old_logprobs": [] if row.old_logprobs is None else row.old_logprobs.tolist()}
+    texts = {k: " ".join(f"{x:.2g}" if k == "gradient" else f"{round(x, 3):.7g}" for x in v) for k, v in lists.items()}
+    return found | texts | {"row": number, "prefix_advantage": row.prefix_advantage}
+
+
+def describe_line(line: dict[str, float], steps: int, own: Iterable[str], left: float) -> str:
+    """step 12/500 | reward 0.412 test 0.38 | ...: LINE, what loss_fn returns beside that, trained
+    tokens a second, time left, where the time went. The README explains it in this order.
+    """
+    known = {name for part in LINE for name in part} | {"trained_tokens"}
+    parts = [*LINE, {name: name for name in own if name not in known}]
+    shown = [" ".join(f"{name} {line[key]:.4g}" for key, name in part.items() if key in line) for part in parts]
     seconds = {k.removeprefix("seconds_"): v for k, v in line.items() if k.startswith("seconds_") and v >= 0.05}
-    shown.append(" ".join([*(f"{k} {v:.1f}s" for k, v in seconds.items()), f"{line['peak_memory_mb']} MB"]))
-    if "test_accuracy" in line:
-        shown.append(f"test accuracy {line['test_accuracy']:.3f}")
-    return " | ".join(shown)
+    rate = line.get("trained_tokens", 0) / max(sum(v for k, v in seconds.items() if k != "evaluation"), 0.05)
+    shown += [f"{rate:.0f} tokens/s {timedelta(seconds=round(left))} left" if rate else "no row to train on"]
+    shown += [" ".join([*(f"{k} {v:.1f}s" for k, v in seconds.items()), f"{line['peak_memory_mb']} MB"])]
+    return " | ".join([f"step {line['step']:>4}/{steps}", *filter(None, shown)])
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -410,7 +436,7 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
         print0(f"step {step:>4}/{step} | done{values}")
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
-        print0(f"stopped at step {step}; continue with --resume {log.out}")
+        print0(f"stopped at step {step}; continue with --resume {log.out}, or with --steps {step} too: its final/")
     if log.world.rank == 0:
         (log.out / "lock").write_text("")  # a run that ended may go on on another host
     shutdown()
@@ -448,4 +474,4 @@ def export(log: RunLog, policy: Policy, tokenizer: Tokenizer, weights: Weights) 
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # they are written 0600
     dist.barrier()
-    print0(f"the trained model is in {log.out / 'final'}")
+    print0(f"the trained model is in {final}\n  vllm serve {final}\n  python eval.py --model {final}")

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 from core.config import RunConfig
 from core.model import Policy, Tokenizer, load_model, named_weights
-from core.processes import World
+from core.processes import World, waiting
 
 Sampled = tuple[list[int], list[float]]  # new token ids, and their log-probabilities at the sampling temperature
 
@@ -81,23 +80,22 @@ class TransformersEngine:
         size = [len(prompt) + len(prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: size[i])
         found: list[list[Sampled]] = [[] for _ in prompts]
-        bar = tqdm(total=len(prompts) * n, desc="rollouts", disable=None, leave=False, delay=2)
+        bar = waiting(total=len(prompts) * n, desc="rollouts")
         while order:
             longest = size[order[-1]] - len(prefixes[order[-1]]) + max_tokens
             take = max(1, self.max_batch_tokens // (n * longest))
             chunk, order = order[-take:], order[:-take]
             lines = [[*prompts[i], *prefixes[i]] for i in chunk]
             room = [max_tokens - len(prefixes[i]) for i in chunk]
-            uniform = torch.stack([uniform_numbers(seeds[i], n, max_tokens) for i in chunk])
+            own = [torch.Generator().manual_seed(seeds[i]) for i in chunk]  # a number for each token to come
+            uniform = torch.stack([torch.rand((n, max_tokens), generator=g, dtype=torch.float64) for g in own])
             rows = self._decode(lines, room, uniform, temperature, top_p, bar)
             for place, i in enumerate(chunk):
                 found[i] = rows[place * n : (place + 1) * n]
         bar.close()
         return found
 
-    def _decode(
-        self, lines: list[list[int]], room: list[int], uniform: Tensor, temperature: float, top_p: float, bar: tqdm
-    ) -> list[Sampled]:
+    def _decode(self, lines: list, room: list[int], uniform: Tensor, temperature: float, top_p: float, bar) -> list:
         """One left-padded batch: prefill each line once, repeat its cache, decode all rows."""
         device, n = self.device, uniform.shape[1]
         cache, logits, mask = self._prefill(lines, n)
@@ -139,11 +137,6 @@ class TransformersEngine:
         """Logits (rows, V) of the token that follows ids (rows, tokens), which join the cache."""
         lines = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         return self.model(**lines, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-
-def uniform_numbers(seed: int, n: int, max_tokens: int) -> Tensor:
-    """(n, max_tokens): one number for each token to come, from a generator of the prompt's own."""
-    return torch.rand((n, max_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def pick(logp: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -18,10 +18,9 @@ from itertools import chain
 from pathlib import Path
 
 import pebble
-from tqdm import tqdm
 
 from core.answers import LONGEST, TYPE, equal, is_words, parts, rewritten, words_right
-from core.processes import first_line, print0
+from core.processes import first_line, print0, waiting
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we bring our own time limit
 pebble.CONSTS.term_timeout = 0.1  # seconds until a worker that hung, and ignores SIGTERM, is killed
@@ -174,7 +173,7 @@ def in_pool(
         futures = {i: _pool.schedule(timed, args=(time_limit, function, *items[i]), timeout=time_limit) for i in order}
     budget = 10 * max(1, len(items) / 1000) if hostile else math.inf
     results, errors, lost = [None] * len(items), [], 0.0
-    for i, future in tqdm(futures.items(), desc=progress or "verifying", disable=None, leave=False, delay=2):
+    for i, future in waiting(futures.items(), desc=progress or "verifying"):
         since = time.monotonic()
         if lost > budget and future.cancel():
             error = TimeoutError("given up, since items before it took too long")

@@ -1,7 +1,7 @@
 """Which architectures of transformers can be trained: a small random model of each is loaded as a
 training script would, beside transformers' own forward. tests/test_architectures.py trains them.
 
-python results/architectures.py      the table of README.md
+python results/architectures.py      the table of MANUAL.md
 """
 
 import contextlib

@@ -4,7 +4,7 @@ FakeTensorMode computes shapes and storages but no numbers, a fake process group
 other ranks, and what is alive is counted. Dtypes, attention and chunks of logits are as on CUDA.
 Not in it: what CUDA itself and the allocator's fragments take, one to two GiB.
 
-python results/memory.py             measure the table of README.md anew: results/memory.jsonl
+python results/memory.py             measure the table of MANUAL.md anew: results/memory.jsonl
 python results/memory.py uft iw_sft  those methods alone
 """
 

@@ -592,7 +592,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "core/model.py",
-        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, ",
+        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else torch.inf))",
         (
             "grads = [getattr(p.grad, '_local_tensor', p.grad) for p in parameters if p.grad is not None]\n"
             "    return torch.nn.utils.get_total_norm(grads)"
@@ -609,7 +609,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/answers.py", "grader.verify(read(gold), read(said),", "grader.verify(read(said), read(gold),"),
     ("core/answers.py", "elif depth == 0:", "elif depth >= 0:"),
-    ("core/answers.py", "return close(a, b) or (one_percent and close(bare_a, bare_b))", "return close(a, b)"),
+    ("core/answers.py", "close(a, b) or ((bare_a is a) != (bare_b is b) and close(bare_a, bare_b))", "close(a, b)"),
     ("core/answers.py", "1.000001e-6 if decimal", "1.000001e-3 if decimal"),
     (
         "core/verifier.py",

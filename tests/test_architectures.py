@@ -138,4 +138,4 @@ def test_two_ranks_check_and_refuse(folder):
 
 def test_readme_table_is_current(world):
     """What python results/architectures.py prints."""
-    assert f"{architectures.table(world)}\n" in (ROOT / "README.md").read_text(), "run: python results/architectures.py"
+    assert f"{architectures.table(world)}\n" in (ROOT / "MANUAL.md").read_text(), "run: python results/architectures.py"

@@ -1,4 +1,4 @@
-"""eval.py and plot.py: pass@k against enumeration, a table by hand, and both on real folders."""
+"""eval.py: pass@k against enumeration, a table by hand, and on real folders."""
 
 import itertools
 import json
@@ -278,24 +278,3 @@ def test_the_second_score_is_math_verify_alone():
     assert [sample["math_verify"] for (sample,) in lines] == [1.0, 1.0, 1.0, None]
     result = evaluation.summarize(lines, (1,), 0)
     assert (result["avg@1"], result["math_verify"], result["differ"]) == (0.25, 1.0, 2)
-
-
-def test_plot(tmp_path):
-    """Runs with different keys in one picture, and a notice of a torn line."""
-    for name, keys in (("a", {}), ("b", {"search_rate": 0.5, "test_accuracy": 0.1})):
-        (tmp_path / name).mkdir()
-        rows = [{"step": s, "reward": 0.1 * s, "entropy": 1.0, "completion_tokens": 9.0, **keys} for s in range(4)]
-        whole = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / "metrics.jsonl").write_text(whole + '{"step": 4, "rew')
-    done = run_script("plot.py", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    assert "metrics.jsonl:5 is damaged and left out" in done.stdout
-
-
-@pytest.mark.parametrize(("content", "sentence"), [(None, "there is no"), ("", "holds no step yet")])
-def test_plot_without_metrics(content, sentence, tmp_path):
-    """No file and an empty one end with a sentence."""
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    done = run_script("plot.py", str(tmp_path), check=False)
-    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr

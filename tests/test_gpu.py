@@ -38,7 +38,7 @@ def test_packed_logprobs_on_cuda(world):
 @needs_gpu
 def test_bread_on_cuda(tmp_path):
     """Two steps of the README's first command, with the sampler that auto takes there."""
-    run_script("bread.py", *"--model tiny --steps 2 --problems_per_step 4 --out".split(), str(tmp_path / "run"))
+    run_script("bread.py", *"--model map --steps 2 --problems_per_step 4 --out".split(), str(tmp_path / "run"))
 
 
 @pytest.mark.gpu

@@ -1,12 +1,18 @@
 """The headline is of what the policy wrote alone, in every file; what was sampled is counted."""
 
 import importlib
+import json
 import math
+import re
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import problem, random_model
+import warm
+from conftest import ROOT, problem, random_model, read_metrics, run_script
 from one_step import one_step
 from test_method_updates import PLAIN, PROBLEMS
 
@@ -149,3 +155,66 @@ def test_the_test_set_is_asked_the_same_way_every_time(world):
         found = [common.evaluate(sampler, problems, cfg, world) for _ in range(2)]
     assert found == [{"test_accuracy": pytest.approx(2 / 6)}] * 2
     assert asked == [(3, None, 2, 9, 0.7, (5, -1))] * 2
+
+
+# The terminal, wandb and the end ------------------------------------------------------------------
+SMALL = ["--model", "map", "--problems_per_step", "3", "--group_size", "4", "--test_data", ""]
+
+
+def test_a_new_metric_is_one_line(tmp_path):
+    """In a copy of grpo.py: on the terminal, in metrics.jsonl, in the plot."""
+    source, line = (ROOT / "grpo.py").read_text(), '    metrics["surprise"] = (-logprobs * w).detach().sum()\n'
+    before, found, after = source.partition("    if cfg.kl_coef:\n        policy_lp")
+    assert found
+    (tmp_path / "mine.py").write_text(before + line + found + after)
+    done = run_script(str(tmp_path / "mine.py"), *SMALL, "--steps", "2", "--out", str(tmp_path / "run"))
+    values = [row["surprise"] for row in read_metrics(tmp_path / "run") if "surprise" in row]
+    shown = re.findall(r"^step .*\| surprise ([0-9.e-]+) \| \d+ tokens/s 0:00:\d\d left \|", done.stdout, re.MULTILINE)
+    assert len(values) == 2 and [float(v) for v in shown] == pytest.approx(values, rel=1e-3), done.stdout
+    figure = tmp_path / "a.svg"
+    run_script("plot.py", str(tmp_path / "run"), "--keys", "reward", "surprise", "--out", str(figure))
+    assert figure.stat().st_size > 1000
+
+
+def test_the_line_begins_with_what_a_person_steers_by(tmp_path):
+    """Its order is the README's."""
+    flags = [*SMALL[:-2], "--test_data", str(ROOT / "map/test.jsonl"), "--steps", "1", "--kl_coef", "0.1"]
+    (line,) = re.findall(r"^step    0/1 .*", run_script("grpo.py", *flags, "--out", str(tmp_path)).stdout, re.MULTILINE)
+    names = re.findall(r"(?<= )([a-z/]+) (?=[-0-9.])", line)
+    assert names[:9] == "reward test kl clip entropy len cut mixed failed".split() and "tokens/s" in line, line
+    readme = (ROOT / "README.md").read_text().partition("## Reading the log")[2]
+    places = [readme.index(f"\n| {name}") for name in "reward test kl entropy len mixed guided loss tokens/s".split()]
+    assert places == sorted(places)
+
+
+def test_wandb_gets_every_line_and_a_resumed_run_is_the_same_there(tmp_path, monkeypatch):
+    """A package in the place of wandb writes down what it is given."""
+    (tmp_path / "wandb.py").write_text(
+        "import json, os, sys\n"
+        "def log(*line, step=None):\n    print(json.dumps([step, *line]), file=open(os.environ['SEEN'], 'a'))\n"
+        "def init(config, **named):\n    log(named)\n    return sys.modules['wandb']\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    out = str(tmp_path / "run")
+    run_script("grpo.py", *SMALL, "--steps", "1", "--wandb_project", "mine", "--out", out, fresh=True)
+    run_script("grpo.py", "--resume", out, "--steps", "2", fresh=True)
+    first, zero, second, one = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert first == second and first[1] == {"project": "mine", "name": "run", "id": first[1]["id"], "resume": "allow"}
+    assert (zero[0], one[0]) == (0, 1) and "reward" in zero[1] and "entropy" in one[1]
+
+
+def test_a_checkpoint_in_the_middle_becomes_a_model(tmp_path):
+    """By --resume with its number as --steps; the end says how final/ is served and evaluated."""
+    out, flags = tmp_path / "run", [*SMALL, "--steps", "40", "--save_every", "1", "--keep", "9"]
+    process = warm.Popen([sys.executable, "grpo.py", *flags, "--out", str(out)], stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (out / "checkpoints/00000002").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    step = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    done = run_script("grpo.py", "--resume", str(out), "--steps", str(step))
+    assert (out / "final/model.safetensors").exists() and len(read_metrics(out)) == step + 1
+    said = done.stdout.splitlines()[-3:]
+    assert said[1:] == [f"  vllm serve {out}/final", f"  python eval.py --model {out}/final"]

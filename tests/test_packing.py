@@ -275,7 +275,7 @@ def made_rows(rank: int) -> list[common.Rollout]:
         row.reward, row.advantage, row.taught = i / 8, i / 4 - 1, bool(i % 2)
         row.prefix_advantage = None if i % 3 else 5.0
         row.old_logprobs = None if i % 2 else -torch.rand(len(ids), generator=torch.Generator().manual_seed(i))
-        row.text, row.parts = "not sent", {"x": 1.0}
+        row.text, row.parts = "said", {"x": 1.0}
         made.append(row)
     return made
 
@@ -283,7 +283,7 @@ def made_rows(rank: int) -> list[common.Rollout]:
 def updates() -> list[tuple[list, list]]:
     """Of every rank its micro-batches and its rows afterwards: what update_worker.py runs."""
     world = common.init(0)
-    rows = made_rows(world.rank)
+    rows, common.SHOWN = made_rows(world.rank), 4
     batches = common.microbatches(rows, 60, world)
     seen = [([r.problem.id for r in b.rollouts], tensors(b), [r.text for r in b.rollouts]) for b in batches]
     for batch in batches:  # what is kept is made of the tokens
@@ -300,7 +300,9 @@ def on_three_ranks(tmp_path_factory):
 
 
 def test_rows_move_with_all_that_an_update_reads(on_three_ranks):
-    """Of rows that another rank made a micro-batch has the same id and tensors, but no text."""
+    """Of rows that another rank made a micro-batch has the same id and tensors, but a text only
+    where the log shows the row.
+    """
     made, found = {r.problem.id: r for rank in range(3) for r in made_rows(rank)}, []
     for rank, (batches, _) in enumerate(on_three_ranks):
         assert len(batches) == len(on_three_ranks[0][0]) > 1
@@ -308,7 +310,7 @@ def test_rows_move_with_all_that_an_update_reads(on_three_ranks):
             found += ids
             wanted = tensors(common.make_batch([made[i] for i in ids]))
             assert held.keys() == wanted.keys() and all(torch.equal(held[k], wanted[k]) for k in held)
-            assert texts == ["not sent" if int(i[0]) == rank else "" for i in ids]
+            assert texts == ["said" if int(i[0]) == rank or i in ("0-0", "0-1", "0-2", "0-3") else "" for i in ids]
     assert sorted(found) == sorted(made)
     assert {id[0] for ids, *_ in on_three_ranks[2][0] for id in ids} >= {"0"}
 

@@ -23,6 +23,7 @@ SMALL = ["--steps", "2", "--problems_per_step", "3"]
     ("name", "resolved"),
     [
         ("tiny", str(ROOT / "tiny")),
+        ("map", str(ROOT / "map")),
         ("Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"),
         ("Qwen3-8B", "Qwen/Qwen3-8B"),
         ("gpt2", "gpt2"),
@@ -71,11 +72,11 @@ def parsed(config: type, *flags: str) -> object:
 
 def test_the_command_line_reaches_both_parts():
     """Flags without a prefix, with - or _, of the method and of the run."""
-    given = ["--kl_coef", "0.5", "--group-size", "3", "--grad_clip", "0.25", "--weight-decay", "0.75", "--wandb"]
+    given = ["--kl_coef", "0.5", "--group-size", "3", "--grad_clip", "0.25", "--weight-decay", "0.75"]
     cfg = parsed(grpo.Config, *given, "--no-scale_by_std")
     assert (cfg.kl_coef, cfg.group_size, cfg.scale_by_std) == (0.5, 3, False)
-    assert (cfg.run.grad_clip, cfg.run.weight_decay, cfg.run.wandb) == (0.25, 0.75, True)
-    changed = {"kl_coef", "group_size", "scale_by_std", "grad_clip", "weight_decay", "wandb"}
+    assert (cfg.run.grad_clip, cfg.run.weight_decay) == (0.25, 0.75)
+    changed = {"kl_coef", "group_size", "scale_by_std", "grad_clip", "weight_decay"}
     before, after = flat(grpo.Config()), flat(cfg)
     assert {flag for flag in before if before[flag] != after[flag]} == changed
 
@@ -149,6 +150,6 @@ def test_sft_then_grpo(tmp_path):
 
 def test_bread_learns(tmp_path):
     """The bar of the README's first command, at part of its length."""
-    run_script("bread.py", "--model", "tiny", "--out", str(tmp_path), "--steps", "40", timeout=280)
+    run_script("bread.py", "--model", "map", "--out", str(tmp_path), "--steps", "20", timeout=280)
     accuracy = [row["test_accuracy"] for row in read_metrics(tmp_path) if "test_accuracy" in row]
-    assert accuracy[0] < 0.05 and max(accuracy) > 0.3, accuracy
+    assert accuracy[0] < 0.2 and accuracy[-1] > 0.4, accuracy
