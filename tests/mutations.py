@@ -63,10 +63,16 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "uft.py": METHOD + " test_hints",
     "prefix_rft.py": METHOD + " test_hints",
     "trapo.py": METHOD + " test_hints",
+    **dict.fromkeys(("examples/grpo_sft.patch", "examples/bread_phi.patch"), "test_examples"),
+    "examples/luffy_annealed.patch": "test_examples",
 }
 BY_METHOD = METHOD.replace("test_log ", "")  # of these test files only what has the method's name
 
 MUTATIONS = [  # (file, the line as it is, wrong)
+    # Examples
+    ("examples/grpo_sft.patch", "max(0.0, 1 - step / cfg.sft_steps)", "max(0.0, 1 - (step + 1) / cfg.sft_steps)"),
+    ("examples/bread_phi.patch", "logprobs.detach(), 0.0)", "logprobs, 0.0)"),
+    ("examples/luffy_annealed.patch", "step < cfg.hint_steps else", "step <= cfg.hint_steps else"),
     # LoRA
     ("core/model.py", 'b, a, alpha=layer.scaling["default"])', "b, a)"),
     ("core/model.py", "rescale_adapter_scale(policy.model, 0.0)", "rescale_adapter_scale(policy.model, 1.0)"),

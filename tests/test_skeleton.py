@@ -7,6 +7,7 @@ import re
 import subprocess
 
 import pytest
+import yaml
 from conftest import ROOT
 from mutations import MUTATIONS, known_bugs
 
@@ -263,10 +264,24 @@ def test_pages_name_files_that_exist():
     """What the pages name in backticks or links is here."""
     for page in ("README.md", "WALKTHROUGH.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md", "tiny/README.md"):
         text = (ROOT / page).read_text()
-        for path in re.findall(r"[`(]((?:core|tests|results|tiny|examples)/[\w./]*?|[A-Z]+\.\w+)[`)]", text):
+        for path in re.findall(
+            r"[`(]((?:core|tests|results|tiny)/[\w./]*?|examples/(?:\w+\.patch)?|[A-Z]+\.\w+)[`)]", text
+        ):
             if "mine" in path:
                 continue  # that of the page's reader
             assert (ROOT / path.rstrip("/")).exists(), f"{page}: {path}"
+
+
+def test_citation_and_contributing():
+    """What cff 1.2.0 requires, of an author that is no person; one screen; targets of make."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited) and cited["authors"] == [
+        {"name": "nanoRFT contributors"}
+    ]
+    assert cited["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT")
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert len(text.splitlines()) <= 40
+    assert set(re.findall(r"`make (\w+)`", text)) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def test_other_numbers_of_the_readme(capsys):
