@@ -37,7 +37,7 @@ eval_every = 10 | ours
 eval_samples = 1 | ours
 save_every = 50 | ours
 keep = 2 | ours: a torn disk leaves one
-wandb_project = "" | ours
+wandb_project = '' | ours
 skip_nonfinite = 0 | an update that is not finite ends the run
 data_hash = '' | no flag: what load_data finds
 """
