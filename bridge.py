@@ -193,7 +193,7 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
-    lora = (cfg.adapter_rank, cfg.adapter_alpha, cfg.run.seed)
+    traced, lora = [p for p in train if p.expert_ids], (cfg.adapter_rank, cfg.adapter_alpha, cfg.run.seed)
     copies = 2 if cfg.meta and cfg.adapter_rank else 1  # the shadow serves the adapter alone
     models = [add_adapter(common.load_model(cfg.run, empty=world.rank > 0), *lora) for _ in range(copies)]
     policy, *shadows = (common.shard(model, world, cfg.run.checkpoint_activations) for model in models)
@@ -224,7 +224,7 @@ def main(cfg: Config) -> None:
 
         log.phase("rollouts")
         problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
-        sft_problems = common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed + 1, world)
+        sft_problems = common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed + 1, world)
         groups = sampler.generate(
             problems,
             None,

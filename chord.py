@@ -122,6 +122,7 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
+    traced = [p for p in train if p.expert_ids]
     policy = common.load_policy(cfg.run, world)
     reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
@@ -144,7 +145,7 @@ def main(cfg: Config) -> None:
         log.phase("rollouts")
         problems = common.draw(train, cfg.problems_per_step, step, cfg.run.seed, world)
         mu = sft_share(step, cfg.mu_peak, cfg.mu_valley, cfg.mu_warmup, cfg.mu_decay)
-        sft_problems = common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed + 1, world) if mu else []
+        sft_problems = common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed + 1, world) if mu else []
         log.set(mu=mu)
         groups = sampler.generate(
             problems,

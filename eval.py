@@ -5,6 +5,8 @@ python eval.py --model runs/x/final --data aime24,aime25,amc23,math500,minerva,o
 torchrun --nproc_per_node 8 eval.py --model Qwen2.5-Math-7B --data math500 --data_dir benchmarks
 python eval.py --compare runs/x/eval runs/y/eval      paired difference, problems that flipped
 python eval.py --table runs/x/eval runs/y/eval        a Markdown table
+python eval.py --model Qwen3-8B --data openai/gsm8k:main --samples 4 --traces gsm8k.jsonl
+                                                      its right answers, as traces for --data
 
 Every finished problem is on disk, beside the protocol that made it; the same command goes on after
 a kill. Another protocol needs another --out.
@@ -16,6 +18,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +31,7 @@ from tqdm import tqdm
 
 import common
 from core.config import BOX_REQUEST, resolve_model
-from core.data import choose_asking
+from core.data import FIELDS, SCHEMAS, choose_asking, control_tokens, is_chat, read_fields
 from core.model import window
 from core.records import write_atomic
 from core.rewards import Grader, load_grader
@@ -67,6 +70,8 @@ class Config:
     solved: float = 1.0  # a reward from here on is a solved problem
     reward_seconds: float = 5.0  # time limit of one completion
     many_boxes: Literal["zero", "last"] = "zero"  # several different boxes: wrong, or the last one counts
+    traces: str = ""  # a .jsonl to write, with the right completions as expert traces of the problems
+    keep: Literal["shortest", "all"] = "shortest"  # of a problem's traces; all: a row for each
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # inference engine; auto: vLLM where there is one and a GPU
     sampler_memory: float = 0.8  # share of the GPU for vLLM
     tensor_parallel: int = 1  # ranks that share a vLLM engine
@@ -300,7 +305,8 @@ def run(
     grader = load_grader(cfg, common.math_reward)
     names = "template template_args system request columns max_prompt_tokens"
     asked = {field: getattr(cfg, field) for field in names.split()}
-    problems = common.load_problems(source, tokenizer, split="test", grader=grader, **asked)
+    asked |= {"split": "train" if cfg.traces else "test", "keep_rows": bool(cfg.traces)}
+    problems = common.load_problems(source, tokenizer, grader=grader, **asked)
     cfg = fit(cfg, name, problems, positions)
     protocol = describe(cfg, name, source, problems, tokenizer, sampler.engine.stop_ids)
     done = [stored(out, protocol) if world.rank == 0 else {}]
@@ -323,7 +329,54 @@ def run(
     sampler.sleep()
     if world.rank != 0:
         return None
-    return {"result": summarize([groups[p.id] for p in problems], cfg.k, cfg.seed), "protocol": protocol}
+    found = {"result": summarize([groups[p.id] for p in problems], cfg.k, cfg.seed), "protocol": protocol}
+    return found | ({"traces": make_traces(cfg, problems, groups, tokenizer)} if cfg.traces else {})
+
+
+# Traces -------------------------------------------------------------------------------------------
+def make_traces(
+    cfg: Config, problems: list[common.Problem], groups: dict[str, list[dict]], tokenizer: common.Tokenizer
+) -> tuple[list[dict], Counter]:
+    """(rows for --data of the training files, what became of problems and samples).
+
+    A row is the problem's own with a right completion in place of its trace, opened by the <think>
+    with which the prompt ends. A problem without one has a row too: grpo.py and --traces optional
+    train on it, all else drops and counts it.
+    """
+    names = dict(pair.split("=", 1) for pair in cfg.columns.replace("expert=", "solution=").split())
+    old = {"score", "steps", names.get("solution"), *FIELDS["solution"]}.union(*(columns for columns, _ in SCHEMAS))
+    control, rows, counts = control_tokens(tokenizer), [], Counter()
+    for problem in problems:
+        texts: list[str] = []
+        for sample in sorted(groups[problem.id], key=lambda sample: sample["tokens"]):
+            fates = {
+                "cut": not sample["finished"],
+                "wrong": not sample["solved"],
+                "duplicate": sample["text"] in texts,
+                "longer": bool(texts) and cfg.keep == "shortest",
+                "with a control token inside": control.search(sample["text"]) is not None,
+                "kept": True,
+            }
+            fate = next(name for name, so in fates.items() if so)
+            texts += [sample["text"]] * (fate == "kept")
+            counts[fate] += 1
+        row = {k: v for k, v in problem.row.items() if k not in old and not (k == "target" and is_chat(v))}
+        found, again = read_fields(problem.row, names), read_fields(row, {})
+        changed = [k for k in ("problem", "answer") if found.get(k) != again.get(k) or "solution" in again]
+        row |= {k: found[k] for k in changed if k in found} | {"id": problem.id}
+        opening = problem.prompt[problem.prompt.rindex("<think>") :] if problem.thinks else ""
+        rows += [row | {"solution": opening + text} for text in texts] or [row]
+        counts["with a trace" if texts else "without"] += 1
+    return rows, counts
+
+
+def write_traces(path: Path, parts: list[tuple[list[dict], Counter]]) -> None:
+    """All rows into one file, and the counts on the terminal."""
+    write_atomic(path, "".join(json.dumps(row, default=str) + "\n" for rows, _ in parts for row in rows))
+    n = sum((counts for _, counts in parts), Counter())
+    of = " ".join(f"{n[fate]} {fate}," for fate in ("kept", "wrong", "cut", "duplicate", "longer"))
+    print(f"wrote {path}: {n['with a trace'] + n['without']} problems, {n['with a trace']} with a trace, ", end="")
+    print(f"{n['without']} without; samples: {of} {n['with a control token inside']} with a control token inside")
 
 
 # Reports ------------------------------------------------------------------------------------------
@@ -422,6 +475,9 @@ def main(cfg: Config) -> None:
     out = Path(cfg.out or (folder / "eval" if folder.is_dir() else f"eval-{folder.name}"))
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in cfg.data.split(",") if name]
+    if cfg.traces and (not cfg.traces.endswith(".jsonl") or cfg.traces in names or cfg.many_boxes != "zero"):
+        common.fail(f"--traces {cfg.traces}: it needs a .jsonl file that is not --data, and --many_boxes zero")
+    Path(cfg.traces).parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         locate(name, cfg.data_dir)  # before a model is loaded
     shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens rope_theta max_positions".split()
@@ -429,10 +485,11 @@ def main(cfg: Config) -> None:
     positions = window(run_config)
     room = min(cfg.max_tokens, positions - cfg.max_prompt_tokens)  # at least: prompts can be shorter
     sampler = common.load_sampler(run_config, tokenizer, world, room)
-    report = {}
+    report, traces = {}, []
     for name in names:
         entry = run(cfg, name, tokenizer, sampler, world, out, positions)
         if entry is not None:
+            traces += [entry.pop("traces")] if cfg.traces else []
             report[entry["protocol"]["benchmark"]] = entry
             print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))
     if world.rank == 0:
@@ -441,6 +498,8 @@ def main(cfg: Config) -> None:
         write_atomic(path, json.dumps(before | report, indent=1) + "\n")
         show(report)
         print(f"wrote {path}, with the samples of every benchmark beside it")
+        if cfg.traces:
+            write_traces(Path(cfg.traces), traces)
     common.shutdown()
 
 

@@ -155,7 +155,7 @@ def main(cfg: Config) -> None:
                 rollout.advantage = advantage
         kept = [group if cfg.zero_variance == "keep" or any(r.advantage for r in group) else [] for group in groups]
 
-        failed = [sum(r.solved for r in group) <= cfg.gate for group in groups]
+        failed = [sum(r.solved for r in group) <= cfg.gate and group[0].problem.expert_ids != [] for group in groups]
         log.add_mean("gated", failed)
         for i, problem in enumerate(problems):
             kept[i] = [common.expert_rollout(problem, tokenizer)] if failed[i] else kept[i]

@@ -187,7 +187,7 @@ def main(cfg: Config) -> None:
             limit = common.tokens_before_answer(problem, tokenizer)
             prefixes.append(problem.expert_ids[: min(length, limit)])
             log.add_mean("traces_cut_short", [length > limit])
-            log.add_mean("prefix_fraction", [len(prefixes[-1]) / len(problem.expert_ids)])
+            log.add_mean("prefix_fraction", [len(prefixes[-1]) / (len(problem.expert_ids) or 1)])
         if cfg.hybrid_rows:
             seed = (cfg.run.seed, step, 1)
             hybrids = sampler.generate(problems, prefixes, 1, cfg.max_completion_tokens, cfg.temperature, seed)
@@ -203,7 +203,7 @@ def main(cfg: Config) -> None:
             advantages = common.group_advantages(rewards, cfg.scale_by_std, baseline=rewards.mean())
             for rollout, advantage in zip(group, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
-            if cfg.hybrid_rows and cfg.advantages == "split":
+            if cfg.hybrid_rows and cfg.advantages == "split" and group[0].problem.expert_ids:
                 *plain, hybrid = group
                 centred = common.group_advantages(rewards[:, :-1], cfg.scale_by_std, baseline=rewards[:, :-1].mean())
                 for rollout, advantage in zip(plain, centred[0].tolist(), strict=True):

@@ -133,7 +133,7 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.run.seed)
     tokenizer = common.load_tokenizer(cfg.run.model)
     train, test = common.load_data(cfg, tokenizer, reward_fn, require_expert=True)
-    by_id = {problem.id: problem for problem in train}
+    by_id = {problem.id: problem for problem in train if problem.expert_ids}
     policy = common.load_policy(cfg.run, world)
     reference = common.load_reference(cfg.run, policy, world) if cfg.kl_coef else None
     sampler = common.load_sampler(cfg.run, tokenizer, world, cfg.max_completion_tokens)
@@ -173,7 +173,7 @@ def main(cfg: Config) -> None:
 
         log.phase("buffer")
         failed = common.gather(["" if any(r.solved for r in group) else group[0].problem.id for group in groups], world)
-        buffer, taken = push_and_pop(buffer, list(filter(None, failed)), cfg.buffer_size, cfg.buffer_order)
+        buffer, taken = push_and_pop(buffer, list(filter(by_id.get, failed)), cfg.buffer_size, cfg.buffer_order)
         log.set(buffer=len(buffer), sft_rows=len(taken))
 
         log.phase("advantages")

@@ -171,7 +171,7 @@ def main(cfg: Config) -> None:
         )
 
         for problem, group in zip(problems, groups, strict=True):
-            group.extend([common.expert_rollout(problem, tokenizer)] * cfg.expert_rows)
+            group.extend([common.expert_rollout(problem, tokenizer)] * cfg.expert_rows * bool(problem.expert_ids))
 
         log.phase("rewards")
         log.add(**common.score(groups))

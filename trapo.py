@@ -168,7 +168,7 @@ def main(cfg: Config) -> None:
             if share < 1:  # the whole trace is a row of its own, a part of it must leave something to find
                 log.add_mean("traces_cut_short", [n > limit for n, limit in zip(lengths, limits, strict=True) if n])
                 lengths = list(map(min, lengths, limits))
-            asked = [i for i, problem in enumerate(problems) if lengths[i] < len(problem.expert_ids)]
+            asked = [i for i, problem in enumerate(problems) if lengths[i] < (len(problem.expert_ids) or 1)]
             drawn = sampler.generate(
                 [problems[i] for i in asked],
                 [problems[i].expert_ids[: lengths[i]] for i in asked],

@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
             cuts = hint_cuts([*shown, len(problem.expert_ids)], cfg.hint_unit, cfg.hint_chunks)
             rng = np.random.default_rng(common.group_seed((cfg.run.seed, step, 1), problem))
             hints.append(problem.expert_ids[: draw_hint(cuts, share, cfg.schedule, rng)])
-        log.add_mean("hint_fraction", [len(h) / len(p.expert_ids) for h, p in zip(hints, problems, strict=True)])
+        log.add_mean("hint_fraction", [len(h) / (len(p.expert_ids) or 1) for h, p in zip(hints, problems, strict=True)])
         groups = sampler.generate(
             problems,
             hints,

@@ -224,8 +224,7 @@ def equal_values(a: sympy.Basic, b: sympy.Basic, *rounding: int) -> bool:
     if isinstance(a, (sympy.MatrixBase, sympy.MatrixExpr)):
         return VALUES(a, b, *rounding)
     bare_a, bare_b = grader.get_pct_val(a, a), grader.get_pct_val(b, b)
-    one_percent = (bare_a is a) != (bare_b is b)
-    return close(a, b) or (one_percent and close(bare_a, bare_b))
+    return close(a, b) or ((bare_a is a) != (bare_b is b) and close(bare_a, bare_b))  # one of them is per cent
 
 
 def equal_part(gold: str, said: str) -> bool:

@@ -28,6 +28,7 @@ class RunConfig:
     request: str = BOX_REQUEST  # behind a question that asks for no box, or around its {problem}; empty: never
     columns: str = ""  # "problem=... answer=... expert=..." where the data set's names are not recognised
     check_traces: bool = True  # keep traces that are right; off: all, as they are, and sft.py needs no answers
+    traces: Literal["required", "optional"] = "required"  # optional: where there is none, as grpo.py; SFT needs them
     max_prompt_tokens: int = 1024  # longer prompts are dropped at load
     seed: int = 0  # of the order of problems and of everything sampled
     # reward
@@ -62,9 +63,9 @@ class RunConfig:
 
 def asked(cfg) -> dict[str, object]:
     """How a training script has questions asked and traces checked, as load_problems takes it."""
-    names = "template template_args system request columns max_prompt_tokens check_traces".split()
-    sampled = {"max_completion_tokens": cfg.max_completion_tokens, "need_answers": hasattr(cfg, "group_size")}
-    return {name: getattr(cfg.run, name) for name in names} | sampled
+    names = "template template_args system request columns max_prompt_tokens check_traces max_completion_tokens".split()
+    flags, online, optional = vars(cfg.run) | vars(cfg), hasattr(cfg, "group_size"), cfg.run.traces == "optional"
+    return {name: flags[name] for name in names} | {"need_answers": online, "optional": online and optional}
 
 
 def resolve_model(name: str) -> str:
@@ -132,8 +133,7 @@ def read_settings(path: Path) -> dict[str, object]:
     settings = read_json(path.read_bytes(), path) if path.is_file() else {}
     for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for name in section.keys() & {"data", "test_data", "reward"}:
-            files = [str((path.parent / file).resolve()) for file in section[name].split(",") if file]
-            section[name] = ",".join(files)
+            section[name] = ",".join(str((path.parent / file).resolve()) for file in section[name].split(",") if file)
     return settings
 
 

@@ -33,7 +33,7 @@ class Problem:
     text: str
     prompt_ids: list[int]
     answer: str | dict
-    expert_ids: list[int] | None
+    expert_ids: list[int] | None  # None: not read; []: there is no trace that can be used
     thinks: bool = False  # the prompt ends with an open <think>: only what follows </think> is the answer
     step_ends: tuple[int, ...] = ()  # expert tokens up to the end of each step, where the data set has steps
     score: float | None = None  # how good the trace is, where the data set says so
@@ -92,8 +92,7 @@ def read_json_lines(path: Path) -> list[tuple[int, dict]]:
 def read_hub(name: str, split: str) -> datasets.Dataset:
     """A split, else the first one, of the hub's owner/name or owner/name:configuration."""
     hub_name, _, part = name.partition(":")
-    file_like = name.endswith((".jsonl", ".gz", ".parquet", ".json")) or name.startswith((".", "/", "~"))
-    if file_like or hub_name.count("/") != 1:
+    if re.search(r"\A[./~]|\.(jsonl?|gz|parquet)\Z", name) or hub_name.count("/") != 1:  # like a file
         fail(f"there is no data file {name}")
     try:
         parts = datasets.load_dataset(hub_name, part or None)
@@ -242,9 +241,11 @@ class Asking:
     max_prompt_tokens: int = 1024
     max_completion_tokens: int = 8192  # an expert trace longer than this (EOS included) is dropped
     require_expert: bool = False  # rows without a usable expert trace are dropped; else traces are not read
+    optional: bool = False  # such rows stay, and have the trace []
     check_traces: bool = True  # else a trace is kept as it is
     need_answers: bool = True  # False: not where traces are not checked
     grader: Grader = VERIFIER  # one's own needs no answers and no boxes
+    keep_rows: bool = False  # in the problems, also where the verifier grades
     args: dict[str, object] = field(default_factory=dict)  # of the chat template
     folds: bool = False  # the template has no system turn: its text goes into the first user turn
 
@@ -466,11 +467,11 @@ def load_problems(name: str, tokenizer: Tokenizer, template="auto", split="train
     """Read, render and check a data set by the fields of Asking; drops are counted by reason."""
     rows, asking = read_rows(name, split), choose_asking(tokenizer, template, **flags)
     names = dict(pair.split("=", 1) for pair in asking.columns.replace("expert=", "solution=").split())
-    for column in names.values():
-        if rows and column not in rows[0][1]:
-            fail(f"--columns: {rows[0][0]} has no column {column!r}; it has {', '.join(rows[0][1])}")
+    if rows and (lacking := [column for column in names.values() if column not in rows[0][1]]):
+        fail(f"--columns: {rows[0][0]} has no column {lacking[0]!r}; it has {', '.join(rows[0][1])}")
     graded = not asking.grader.source and (asking.check_traces or asking.need_answers or not asking.require_expert)
-    needed = ["problem", *["answer"] * graded, *["solution"] * asking.require_expert]
+    plainly = replace(asking, require_expert=asking.require_expert and not asking.optional)
+    needed = ["problem", *["answer"] * graded, *["solution"] * plainly.require_expert]
     fields = []
     for _, row in rows:
         try:
@@ -489,27 +490,33 @@ def load_problems(name: str, tokenizer: Tokenizer, template="auto", split="train
         elif not readable:
             problem = "answer that the verifier cannot read"
         else:
-            problem = make_problem(own if own not in kept else f"{own}#{number}", row, found, asking)
+            found["id"] = own if own not in kept else f"{own}#{number}"
+            problem = make_problem(row, found, asking)
+            if isinstance(problem, str) and isinstance(plain := make_problem(row, found, plainly), Problem):
+                dropped[f"kept without a trace: {problem}"].append(where)
+                problem = plain
         if isinstance(problem, str):
-            dropped[problem].append(where)
+            dropped[f"dropped: {problem}"].append(where)
         else:
             kept[problem.id] = where, problem
     if asking.require_expert and asking.check_traces:
-        traced = [problem for _, problem in kept.values()]
+        traced = [problem for _, problem in kept.values() if problem.expert_ids]
         texts = [completion_text(problem.expert_ids, tokenizer) for problem in traced]
         grades, _ = once(lambda: grade(traced, texts, progress="checking expert traces"), len(texts))
         for problem, found in zip(traced, grades, strict=True):
             if not problem.grader.solves(found.reward):
-                dropped["expert trace that the verifier rejects"].append(kept.pop(problem.id)[0])
-    problems = [problem for _, problem in kept.values()]
-    drops = "; ".join(f"{len(places)} dropped: {reason} (first {places[0]})" for reason, places in dropped.items())
+                where, fate = kept[problem.id][0], "kept without a trace" if asking.optional else "dropped"
+                dropped[f"{fate}: expert trace that the verifier rejects"].append(where)
+                kept[problem.id] = where, replace(problem, expert_ids=[], step_ends=())
+    problems = [problem for _, problem in kept.values() if problem.expert_ids != [] or asking.optional]
+    drops = "; ".join(f"{len(places)} {reason} (first {places[0]})" for reason, places in dropped.items())
     print0(f"data {name}: {len(problems)} of {len(rows)} rows kept, template {asking.template}{drops and f'; {drops}'}")
-    if not problems:
+    first = next((p for p in problems if p.expert_ids or not asking.require_expert), None)
+    if not first:
         seen = f"; the columns of {rows[0][0]} are {', '.join(rows[0][1])}" if rows else ""
         fail(f"{name}: no usable row among {len(rows)}{drops and f' ({drops})'}{seen}")
-    first, source = problems[0], asking.grader.source
-    if source and once(lambda: grade([first], [""])[1]):
-        fail(f"--reward {source} fails on problem {first.id} and an empty completion, as said above")
+    if asking.grader.source and once(lambda: grade([first], [""])[1]):
+        fail(f"--reward {asking.grader.source} fails on problem {first.id} and an empty completion, as said above")
     for note, count in Counter(note for problem in problems for note in problem.notes).items():
         print0(f"data {name}: {note % count}")
     print0(f"first prompt: {tokenizer.decode(first.prompt_ids)!r}")
@@ -518,7 +525,7 @@ def load_problems(name: str, tokenizer: Tokenizer, template="auto", split="train
     return problems
 
 
-def make_problem(name: str, row: dict, found: dict, asking: Asking) -> Problem | str:
+def make_problem(row: dict, found: dict, asking: Asking) -> Problem | str:
     """The problem of a row, with its trace if that is needed; or the reason why it is dropped."""
     said = turns(found["problem"])
     if not said or not (said[-1]["content"] or "").strip() or any(m["content"] is None for m in said):
@@ -529,15 +536,15 @@ def make_problem(name: str, row: dict, found: dict, asking: Asking) -> Problem |
         return f"turns that the chat template refuses: {first_line(error)}"
     if len(prompt_ids) > asking.max_prompt_tokens:
         return f"prompt over {asking.max_prompt_tokens} tokens"
-    thinks, expert_ids, ends, notes = prompt.rstrip().endswith("<think>"), None, (), []
+    thinks, expert_ids, ends, notes = prompt.rstrip().endswith("<think>"), [] if asking.optional else None, (), []
     own = [m["content"] for m in said if m["role"] == "system"]
     if own and asking.system is not None:
         notes.append("--system or --template takes the place of the system turns of %d rows")
     if asking.require_expert:
         checked = asking.check_traces and not asking.grader.source  # one's own reward says what a right trace is
-        solution = found["solution"]
+        solution = found.get("solution")
         if not isinstance(solution, str):
-            return "expert trace that is more than text"
+            return "expert trace that is more than text" if solution else "no solution"
         if checked and opens(solution) and "</think>" not in solution:
             return "expert trace that never closes its thought"
         if checked and not boxed(solution):
@@ -545,7 +552,7 @@ def make_problem(name: str, row: dict, found: dict, asking: Asking) -> Problem |
         control = control_tokens(asking.tokenizer)
         solution = CALCULATOR.sub("", re.sub(rf"(({control.pattern})\s*)+\Z", "", solution))
         if thinks and opens(solution):  # as its prompt does
-            solution = re.sub(r"\s*<think>\n*", "", solution, count=1)
+            solution = solution.lstrip().removeprefix("<think>").removeprefix(prompt[len(prompt.rstrip()) :])
         solution = with_box(solution, found["answer"], row, thinks) if checked else solution
         if inside := control.search(solution):
             return f"expert trace with the control token {inside[0]} inside"
@@ -559,5 +566,5 @@ def make_problem(name: str, row: dict, found: dict, asking: Asking) -> Problem |
     fields = {"thinks": thinks, "step_ends": ends, "prompt": prompt, "grader": asking.grader, "notes": tuple(notes)}
     fields["score"] = found["score"] if isinstance(found.get("score"), (int, float)) else None
     fields["system"] = "\n\n".join(own) if own and asking.system is None else None
-    fields["row"] = row if asking.grader.source else {}  # it would only take memory
-    return Problem(name, said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)
+    fields["row"] = row if asking.grader.source or asking.keep_rows else {}  # it would only take memory
+    return Problem(found["id"], said[-1]["content"], prompt_ids, found.get("answer", ""), expert_ids, **fields)

@@ -17,10 +17,9 @@ def longest_row(run: RunConfig, max_completion_tokens: int) -> int:
     """Tokens of the longest prompt and completion; more than the model's window end the run."""
     longest, positions = run.max_prompt_tokens + max_completion_tokens, window(run)
     if longest > positions:
-        fail(
-            f"prompt and completion have up to {longest} tokens, the window of {run.model} is {positions}; lower "
-            "--max_completion_tokens or --max_prompt_tokens, or stretch it with --rope_theta and --max_positions"
-        )
+        said = f"prompt and completion have up to {longest} tokens, the window of {run.model} is {positions}"
+        said += "; lower --max_completion_tokens or --max_prompt_tokens"
+        fail(f"{said}, or stretch it with --rope_theta and --max_positions")
     return longest
 
 

@@ -385,8 +385,7 @@ def follow(slow: Policy, fast: Policy, decay: float = 0.0, part: str = "") -> No
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Clip the gradients' norm over all shards (0: never). Returns the norm before (collective)."""
-    limit = max_norm if max_norm > 0 else torch.inf
-    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else torch.inf))
 
 
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> float:

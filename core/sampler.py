@@ -87,7 +87,8 @@ class TransformersEngine:
             chunk, order = order[-take:], order[:-take]
             lines = [[*prompts[i], *prefixes[i]] for i in chunk]
             room = [max_tokens - len(prefixes[i]) for i in chunk]
-            uniform = torch.stack([uniform_numbers(seeds[i], n, max_tokens) for i in chunk])
+            own = [torch.Generator().manual_seed(seeds[i]) for i in chunk]  # a number for each token to come
+            uniform = torch.stack([torch.rand((n, max_tokens), generator=g, dtype=torch.float64) for g in own])
             rows = self._decode(lines, room, uniform, temperature, top_p, bar)
             for place, i in enumerate(chunk):
                 found[i] = rows[place * n : (place + 1) * n]
@@ -136,11 +137,6 @@ class TransformersEngine:
         """Logits (rows, V) of the token that follows ids (rows, tokens), which join the cache."""
         lines = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         return self.model(**lines, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-
-def uniform_numbers(seed: int, n: int, max_tokens: int) -> Tensor:
-    """(n, max_tokens): one number for each token to come, from a generator of the prompt's own."""
-    return torch.rand((n, max_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def pick(logp: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -13,6 +13,7 @@ template_args = 'date=2024-07-26' | ours: the day that Llama 3.2's template has 
 system = None | ours: the rows' own
 request = '\\nPlease reason step by step, and put your final answer within \\\\boxed{}.' | Qwen2.5-Math's words
 check_traces = True | ours
+traces = 'required' | ours: a file that needs traces says so
 columns = '' | ours
 max_prompt_tokens = 1024 | train.sh of LUFFY, ReLIFT, HPT: data.max_prompt_length
 seed = 0 | ours
@@ -36,7 +37,7 @@ eval_every = 10 | ours
 eval_samples = 1 | ours
 save_every = 50 | ours
 keep = 2 | ours: a torn disk leaves one
-wandb_project = "" | ours
+wandb_project = '' | ours
 skip_nonfinite = 0 | an update that is not finite ends the run
 data_hash = '' | no flag: what load_data finds
 """

@@ -27,12 +27,12 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD = "test_defaults test_pages test_method_losses test_method_updates test_log test_methods"
+METHOD = "test_defaults test_pages test_method_losses test_method_updates test_log test_methods test_traces"
 WHERE = {  # the tests that could see a line of a file, the quick ones first; FILE:EXPRESSION is with -k EXPRESSION
     "common.py": "test_sampler test_losses test_packing test_method_losses: test_log test_pages:grpo-or-luffy-or-uft "
     "test_method_updates:grpo-or-luffy-or-two_ranks test_gradients test_eval test_rewards test_scripts",
     "core/packing.py": "test_packing test_gradients",
-    "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft",
+    "core/data.py": "test_hints test_sampler test_data test_rewards test_asking test_pages:uft test_traces",
     "core/records.py": "test_log test_lora:resume-or-sft test_damage:found-or-file "
     "test_trust:finite-or-move-or-collapse test_methods:saving "
     "test_damage test_trust test_resume test_gradients test_sampler",
@@ -51,7 +51,7 @@ WHERE = {  # the tests that could see a line of a file, the quick ones first; FI
     "core/vllm_sampler.py": "test_vllm",
     "core/verifier.py": "test_verifier test_data test_fuzz test_faults:worker",
     "core/answers.py": "test_verifier test_fuzz",
-    "eval.py": "test_eval",
+    "eval.py": "test_eval test_traces",
     "grpo.py": METHOD + " test_losses test_gradients",
     "bridge.py": "test_defaults test_lora:bridge test_bridge test_methods",
     "dapo.py": "test_defaults test_dapo test_pages test_methods",
@@ -106,8 +106,8 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "bridge.py",
-        "common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed + 1",
-        "common.draw(train, cfg.sft_problems_per_step, step, cfg.run.seed",
+        "common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed + 1",
+        "common.draw(traced, cfg.sft_problems_per_step, step, cfg.run.seed",
     ),
     ("prefix_rft.py", "seed = (cfg.run.seed, step, 1)", "seed = (cfg.run.seed, step, 0)"),
     (
@@ -327,6 +327,18 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ("core/config.py", 'flags["resume"] = ""', "pass"),
     ("core/verifier.py", "    os.setpgrp()\n", ""),
     ("core/verifier.py", "resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))", "pass"),
+    # without a trace
+    ("luffy.py", " * bool(problem.expert_ids)", ""),
+    ("relift.py", "for problem in train if problem.expert_ids}", "for problem in train}"),
+    ("hpt.py", " and group[0].problem.expert_ids != []", ""),
+    ("prefix_rft.py", ' == "split" and group[0].problem.expert_ids:', ' == "split":'),
+    ("chord.py", "common.draw(traced, ", "common.draw(train, "),
+    ("trapo.py", "(len(problem.expert_ids) or 1)", "len(problem.expert_ids)"),
+    ("core/data.py", "where, replace(problem, expert_ids=[], step_ends=())", "where, problem"),
+    ("core/data.py", ".removeprefix(prompt[len(prompt.rstrip()) :])", ".lstrip()"),
+    ("eval.py", '{"solution": opening + text}', '{"solution": text}'),
+    ("eval.py", 'or "solution" in again]', "]"),
+    ("eval.py", '"longer": bool(texts)', '"longer": False'),
     # defaults
     ("luffy.py", "gamma: float = 0.1", "gamma: float = 0.01"),
     ("uft.py", "hint_steps: int = 300", "hint_steps: int = 3000"),
@@ -586,7 +598,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     (
         "core/model.py",
-        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit))",
+        "return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else torch.inf))",
         (
             "grads = [getattr(p.grad, '_local_tensor', p.grad) for p in parameters if p.grad is not None]\n"
             "    return torch.nn.utils.get_total_norm(grads)"
@@ -603,7 +615,7 @@ MUTATIONS = [  # (file, the line as it is, wrong)
     ),
     ("core/answers.py", "grader.verify(read(gold), read(said),", "grader.verify(read(said), read(gold),"),
     ("core/answers.py", "elif depth == 0:", "elif depth >= 0:"),
-    ("core/answers.py", "return close(a, b) or (one_percent and close(bare_a, bare_b))", "return close(a, b)"),
+    ("core/answers.py", "close(a, b) or ((bare_a is a) != (bare_b is b) and close(bare_a, bare_b))", "close(a, b)"),
     ("core/answers.py", "1.000001e-6 if decimal", "1.000001e-3 if decimal"),
     (
         "core/verifier.py",

@@ -6,6 +6,7 @@ Tables of a row and what comes of it, under tokenizers with a chat template and 
 import datetime
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -366,7 +367,7 @@ def test_a_test_question_is_asked_as_the_training_rows(name, tmp_path):
         (tmp_path / f"{file}.jsonl").write_text("".join(lines))
     tokenizer = chat_tokenizer()
     run = RunConfig(data=str(tmp_path / "train.jsonl"), test_data=str(tmp_path / "test.jsonl"))
-    cfg = type("Config", (), {"run": run, "max_completion_tokens": 99, "tis_cap": 2.0})()
+    cfg = SimpleNamespace(run=run, max_completion_tokens=99, tis_cap=2.0)
     trained, (test,) = common.load_data(cfg, tokenizer, common.math_reward, True)
     assert prompt(test, tokenizer) == tokenizer.apply_chat_template(wanted, tokenize=False)
     again, _ = common.load_data(cfg, tokenizer, common.math_reward, True)  # a resumed run has the flags in use
