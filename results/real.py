@@ -222,7 +222,8 @@ def main(cfg: Config) -> None:
                 cfg.records.write_text("".join(json.dumps(r) + "\n" for r in kept))
         if wrong:
             sys.exit("\n".join(wrong))
-    kept = in_order(kept)
+    if not (kept := in_order(kept)):
+        return print(f"{cfg.records} holds no run yet")
     print(table(kept))
     draw(kept, cfg.records.with_suffix(".png"))
     page = ROOT / "results/README.md"
