@@ -155,15 +155,16 @@ def test_rows_of_every_schema(name, found, tmp_path):
 
 
 def test_a_sample_that_training_would_refuse_is_not_kept(tmp_path):
-    """One with a control token inside; the next right one is taken."""
+    """One with a control token inside; the shortest of the other right ones is taken."""
     tokenizer = chat_tokenizer(OPENS)
     path = write(tmp_path / "a.jsonl", [{"problem": "1+1?", "answer": "2"}])
     (problem,) = common.load_problems(str(path), tokenizer, keep_rows=True)
-    texts = ["a</think><|im_start|>\\boxed{2}", "b b</think>\\boxed{2}"]
-    group = [{"text": text, "finished": True, "solved": True, "tokens": len(text)} for text in texts]
+    texts = ["a</think><|im_start|>\\boxed{2}", "b</think>\\boxed{2}", "c</think>\\boxed{2}", "b</think>\\boxed{2}"]
+    group = [{"text": text, "finished": True, "solved": True, "tokens": i} for i, text in enumerate(texts)]
     rows, counts = evaluation.make_traces(evaluation.Config(), [problem], {"1": group[::-1]}, tokenizer)
-    assert [row["solution"] for row in rows] == ["<think>\nb b</think>\\boxed{2}"]
-    assert counts == {"with a control token inside": 1, "kept": 1, "with a trace": 1} or counts["longer"] == 1
+    assert [row["solution"] for row in rows] == ["<think>\nb</think>\\boxed{2}"]
+    found = ("with a control token inside", "kept", "longer", "duplicate", "with a trace")
+    assert counts == dict.fromkeys(found, 1)
 
 
 def test_a_real_kill(tmp_path):
