@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -19,11 +20,8 @@ if __name__ == "__main__":
         whole, kept = data.read_rows, {"fewer": slice(1, None), "other": slice(None, None, -1), "none": slice(0)}[fault]
         data.read_rows = lambda names, split: whole(names, split)[kept]
 
-    class Config:
-        run = config.RunConfig(model="tiny", data="tiny/train.jsonl", test_data="")
-        max_completion_tokens, group_size = 200, 1
-
-    cfg = Config()
+    run = config.RunConfig(model="tiny", data="tiny/train.jsonl", test_data="")
+    cfg = SimpleNamespace(run=run, max_completion_tokens=200, group_size=1)
     train, _ = common.load_data(cfg, common.load_tokenizer("tiny"), common.math_reward, require_expert=True)
     print(f"rank {world.rank} has {len(train)} problems {cfg.run.data_hash}\n", end="", flush=True)
     common.shutdown()
