@@ -280,7 +280,7 @@ Minus the base: what it can do already (easy), and what is found in 16 samples.
 
 def short_page(cells: dict) -> str:
     """What README.md has between its markers."""
-    counts = [len(runs) for _, runs in known("controlled", cells).values()]
+    counts = [len(runs) for _, runs in known("controlled", cells).values()] or [0]
     seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else max(counts)
     return SHORT.format(seeds=seeds, table=accuracy_table("controlled", cells, ("pass@1",)))
 
