@@ -77,7 +77,7 @@ def test_a_missing_run_may_be_and_is_named_on_the_page(records):
     cells = {line["cell"]: line for line in compared.compact(some, REPORT, True)}
     assert sorted(cells["controlled/sft"]["seeds"]) == ["0", "1", "2", "4"]
     assert "; **not run yet**: 1 of controlled" in verdicts.origin(cells)
-    assert "mean of 4 or 5 seeds" in verdicts.short_page(cells)
+    assert "mean of 4 to 5 seeds" in verdicts.short_page(cells)
 
 
 def test_files_of_two_machines_are_one_table(records, tmp_path, monkeypatch):
