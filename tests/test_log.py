@@ -74,7 +74,7 @@ def test_without_a_row_of_its_own_there_is_no_headline(world, capsys):
     models = [random_model("qwen2", 0, torch.float64)]
     _, (line,) = one_step(importlib.import_module("uft"), models, generate, long, **flags)
     assert not {"reward", "groups_mixed", "completion_tokens", "truncated"} & set(line) and line["guided_reward"] == 0.5
-    assert "guided 0.500 | loss" in capsys.readouterr().out
+    assert "0/1 | clip 0 entropy 4.678 | guided 0.5 | loss" in capsys.readouterr().out
 
 
 def test_a_format_reward_is_no_success(world):
