@@ -53,7 +53,9 @@ class Config:
     model: str = "tiny"  # model folder, hub name, or map or tiny (bundled)
     data: str = "math500"  # names of benchmarks, files or hub names, separated by commas
     data_dir: str = ""  # folder with NAME or NAME_test as .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
-    out: str = ""  # folder of the report; empty: eval in the model's folder, or eval-<model> here for a hub name
+    out: str = (
+        ""  # folder of the report; empty: eval (traces) in the model's folder, or eval-<model> here for a hub name
+    )
     samples: int = 0  # per problem, the n of avg@n (torchrun reads --n as its own); 0: the benchmark's, 8 for others
     k: tuple[int, ...] = (1, 8, 32)  # of pass@k; those above samples are left out
     temperature: float = 0.6
@@ -472,7 +474,8 @@ def main(cfg: Config) -> None:
     world = common.init(cfg.seed)
     tokenizer = common.load_tokenizer(cfg.model)
     folder = Path(resolve_model(cfg.model))
-    out = Path(cfg.out or (folder / "eval" if folder.is_dir() else f"eval-{folder.name}"))
+    kind = "traces" if cfg.traces else "eval"  # the samples of both are of other protocols as a rule
+    out = Path(cfg.out or (folder / kind if folder.is_dir() else f"{kind}-{folder.name}"))
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in cfg.data.split(",") if name]
     if cfg.traces and (not cfg.traces.endswith(".jsonl") or cfg.traces in names or cfg.many_boxes != "zero"):

@@ -156,7 +156,9 @@ def choose_panels(cfg: Config, runs: list[list[dict]]) -> dict[str, str]:
     """{key: label} of --keys, else of what is known of the runs, with the parts of a reward."""
     present = {key for run in runs for row in run for key in row} - {"step"}
     if unknown := [key for key in cfg.keys if key not in present]:
-        raise SystemExit(f"error: --keys: no run has {', '.join(unknown)}; there are {', '.join(sorted(present))}")
+        raise SystemExit(
+            f"error: --keys (apart by spaces): no run has {', '.join(unknown)}; there are {', '.join(sorted(present))}"
+        )
     known = [key for key in [*PANELS, *sorted(key for key in present if key.startswith("reward_"))] if key in present]
     if not cfg.keys and not known:
         raise SystemExit(f"error: plot.py knows no key of these runs; name --keys: {', '.join(sorted(present))}")

@@ -224,7 +224,7 @@ def describe_line(line: dict[str, float], steps: int, own: Iterable[str], left: 
     """
     known = {name for part in LINE for name in part} | {"trained_tokens"}
     parts = [*LINE, {name: name for name in own if name not in known}]
-    shown = [" ".join(f"{name} {line[key]:.4g}" for key, name in part.items() if key in line) for part in parts]
+    shown = [" ".join(f"{name} {line[key] + 0:.4g}" for key, name in part.items() if key in line) for part in parts]
     seconds = {k.removeprefix("seconds_"): v for k, v in line.items() if k.startswith("seconds_") and v >= 0.05}
     rate = line.get("trained_tokens", 0) / max(sum(v for k, v in seconds.items() if k != "evaluation"), 0.05)
     shown += [f"{rate:.0f} tokens/s {timedelta(seconds=round(left))} left" if rate else "no row to train on"]
@@ -436,7 +436,7 @@ def finish(log: RunLog, step: int, policy: Policy, tokenizer: Tokenizer, weights
         print0(f"step {step:>4}/{step} | done{values}")
         export(log, policy, tokenizer, weights or named_weights(policy))
     else:
-        print0(f"stopped at step {step}; continue with --resume {log.out}, or with --steps {step} too: its final/")
+        print0(f"stopped at step {step}; continue with --resume {log.out} (with --steps {step}: final/)")
     if log.world.rank == 0:
         (log.out / "lock").write_text("")  # a run that ended may go on on another host
     shutdown()

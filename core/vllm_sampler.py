@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from core.config import RunConfig, resolve_model  # noqa: E402
 from core.model import Policy, Tokenizer, load_config, named_weights  # noqa: E402
-from core.processes import WAIT, World, before_shutdown, fail, waiting  # noqa: E402
+from core.processes import WAIT, World, before_shutdown, fail  # noqa: E402
 from core.sampler import Sampled, stop_ids  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -155,7 +155,7 @@ class VLLMEngine:
         if asked and not self.seeded:  # one seed for all
             torch.manual_seed(asked[0][2])
             np.random.seed(asked[0][2] % 2**32)
-        outputs = self.engine.generate([request[0] for request in asked], [r[1] for r in asked], use_tqdm=waiting)
+        outputs = self.engine.generate([request[0] for request in asked], [r[1] for r in asked], use_tqdm=False)
         first = sum(len(part or []) for part in parts[: dist.get_rank(self.peers) if self.peers else 0])
         return [[sampled(row) for row in output.outputs] for output in outputs[first : first + len(requests or [])]]
 
