@@ -137,7 +137,7 @@ def measure(cfg: Config) -> None:
     rows, budget = ragged_rows(cfg), cfg.tokens_per_microbatch // (4 if world.device.type == "cpu" else 1)
     model = build(cfg, "packed" if cfg.way == "packed" else "sdpa", world.device)
     weights = sum(p.numel() for p in model.parameters())  # tied: the embedding is the head and multiplies once a token
-    module = common.shard(model, world) if cfg.way == "packed" else model.to(world.device).train()
+    module = common.shard(model, world) if cfg.way == "packed" else model.train()
     update = packed_update if cfg.way == "packed" else padded_update
     before, best = peak_memory_mb(world.device), float("inf")
     for _ in range(cfg.rounds + 1):  # the first warms up

@@ -27,10 +27,9 @@ def check(records: list[dict], partial: bool) -> list[str]:
         sys.exit(f"The working tree had changes in {len(dirty)} runs, the first of them {dirty[0]}.")
     if twice := sorted({run for run in runs if runs.count(run) > 1}):
         sys.exit(f"{len(twice)} runs have several records, the first of them {twice[0]}.")
-    grid = [f"rate/{arm}/{m}/{lr:g}" for arm in ("controlled", "paper") for m in claims.METHODS for lr in claims.RATES]
-    there = {r["cell"] for r in records}  # a rate that has not been tried is no arm's best
-    untried = [{"cell": name, "accuracy": {"0": 0.0}} for name in grid if partial and name not in there]
-    steps = sum(flags["steps"] for _, flags in records[0]["stages"])
+    steps, there = sum(flags["steps"] for _, flags in records[0]["stages"]), {r["cell"] for r in records}
+    grid = claims.cells([], steps) if partial else []  # a rate that has not been tried is no arm's best
+    untried = [{"cell": cell.name, "accuracy": {"0": 0.0}} for cell in grid if cell.name not in there]
     wanted = {c.name: c for c in claims.cells(records + untried, steps)}
     for r in records:
         cell = wanted.get(r["cell"])

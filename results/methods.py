@@ -216,12 +216,16 @@ def readme_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def write(page: str, name: str, text: str) -> None:
+    """Put the text between the markers of that name in a page of the repository."""
+    before, start, rest = (ROOT / page).read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+    (ROOT / page).write_text(before + start + text + end + after)
+
+
 def main() -> None:
     if sys.argv[1:] == ["readme"]:
-        path = ROOT / "README.md"
-        before, _, rest = path.read_text().partition("<!-- methods -->\n")
-        _, mark, after = rest.partition("<!-- end of methods -->\n")
-        path.write_text(f"{before}<!-- methods -->\n{readme_table()}{mark}{after}")
+        write("README.md", "methods", readme_table())
     elif sys.argv[1:] == ["diffs"]:
         for m in METHODS[1:]:
             print(f"=== diff {m.parent}.py {m.name}.py", flush=True)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from results.memory import SHAPES  # noqa: E402
+from results.methods import write  # noqa: E402
 
 # Rates of one H100: MFU is measured (results/h100.md), what concerns sampling is assumed ---------
 RATES = "one H100's update at 1.5 B weights as measured, and sampling as assumed"
@@ -205,10 +206,7 @@ def page() -> str:
 def main() -> None:
     if sys.argv[1:] != ["write"]:
         return print(page(), end="")
-    path = ROOT / "results/README.md"
-    before, _, rest = path.read_text().partition("<!-- published -->\n")
-    _, mark, after = rest.partition("<!-- end of published -->\n")
-    path.write_text(f"{before}<!-- published -->\n{page()}{mark}{after}")
+    write("results/README.md", "published", page())
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from real_model import from_parts, real_model  # noqa: E402
 
+from results.methods import write  # noqa: E402
 from results.sums import sums  # noqa: E402
 
 METHODS = "sft sft_then_grpo grpo bread luffy uft".split()
@@ -226,10 +227,8 @@ def main(cfg: Config) -> None:
         return print(f"{cfg.records} holds no run yet")
     print(table(kept))
     draw(kept, cfg.records.with_suffix(".png"))
-    page = ROOT / "results/README.md"
-    if cfg.records.parent == page.parent and "<!-- real -->" in page.read_text():
-        before, _, after = page.read_text().partition("<!-- real -->")
-        page.write_text(f"{before}<!-- real -->\n{table(kept)}\n{after[after.index('<!-- end of real -->') :]}")
+    if cfg.records == Config.records:
+        write("results/README.md", "real", table(kept) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script: the methods are one folder up
 from results import claims  # noqa: E402
 from results.compared import add, interval, load, pairs, spent, verdict  # noqa: E402
+from results.methods import write  # noqa: E402
 from results.verdicts_pictures import draw  # noqa: E402
 
 CLAIMS = tomllib.loads((ROOT / "results/claims.toml").read_text())["claim"]
@@ -294,19 +295,12 @@ def page(cells: dict) -> str:
     return PAGE.format(**arms, **costs, **texts)
 
 
-def write(path: Path, name: str, text: str) -> None:
-    """Put the text between the markers of a page."""
-    before, start, rest = path.read_text().partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->")
-    path.write_text(before + start + text + end + after)
-
-
 def main(cfg: Config) -> None:
     if cfg.add:
         add(cfg.add, cfg.partial)
     cells = load()
-    write(ROOT / "results/README.md", "claims", page(cells))
-    write(ROOT / "README.md", "results", short_page(cells))
+    write("results/README.md", "claims", page(cells))
+    write("README.md", "results", short_page(cells))
     draw(cells)
 
 
