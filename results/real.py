@@ -43,7 +43,7 @@ SFT_STEPS, TARGET = 10, 0.5  # the named accuracy
 RATES = {"sft": 2e-5, "grpo": 1e-5, "bread": 1e-5, "luffy": 1e-5, "uft": 1e-5}
 SIZES = {  # of a step
     "cpu": {"problems_per_step": 8, "steps": 48, "eval_every": 12, "save_every": 12},
-    "cuda": {"problems_per_step": 32, "steps": 100, "eval_every": 5, "save_every": 1000},
+    "cuda": {"problems_per_step": 32, "steps": 60, "eval_every": 10, "save_every": 1000},
 }
 SAME = {"max_completion_tokens": 96, "request": "", "eval_samples": 2, "keep": 1}
 OWN = {"sft": {}, "uft": {"group_size": 8, "hint_steps": 30}}
@@ -161,9 +161,9 @@ def reached(record: dict) -> str:
 
 def table(records: list[dict]) -> str:
     """A row for each run, and what it makes of three problems."""
-    lines = ["| run | rows a step | test accuracy, at its end and best | pass@1 | pass@16 | tokens sampled |"]
+    lines = ["| run | rows a step | steps | test accuracy, last and best | pass@1 | pass@16 | tokens sampled |"]
     lines[0] += f" minutes | minutes to {TARGET} |"
-    lines.append("|---" * 8 + "|")
+    lines.append("|---" * 9 + "|")
     for r in records:
         values, measured = (
             list(r["accuracy"].values()),
@@ -171,11 +171,12 @@ def table(records: list[dict]) -> str:
         )
         if values:
             lines.append(
-                f"| {r['method']} | {r['rows']} | {values[-1]:.3f}, {max(values):.3f} | {' | '.join(measured)} "
+                f"| {r['method']} | {r['rows']} | {len(r['seconds']) - 1} | {values[-1]:.3f}, {max(values):.3f} "
+                f"| {' | '.join(measured)} "
                 f"| {r['sampled_tokens'][-1]:,} | {r['seconds'][-1] / 60:.1f} | {reached(r)} |"
             )
         else:
-            lines.append(f"| {r['method']} | | | {' | '.join(measured)} | | | |")
+            lines.append(f"| {r['method']} | | | | {' | '.join(measured)} | | | |")
     lines.append("\n| run | what it says to the first three test problems |\n|---|---|")
     for r in (r for r in records if "samples" in r):
         texts = ["`" + " ".join(text.split())[:120] + "`" for text in r["samples"]]
