@@ -387,7 +387,13 @@ def read_report(folder: Path) -> dict[str, dict]:
     path = folder / "report.json"
     if not path.is_file():
         common.fail(f"there is no {path}: not a folder of eval.py, or one that it has not finished")
-    return json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_bytes())
+        for entry in report.values():
+            average_key(entry["result"]), entry["protocol"]["data_sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        common.fail(f"{path} is no report of eval.py ({error!r}); remove it and run eval.py again: samples are kept")
+    return report
 
 
 def average_key(result: dict) -> str:
@@ -483,6 +489,7 @@ def main(cfg: Config) -> None:
     Path(cfg.traces).parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         locate(name, cfg.data_dir)  # before a model is loaded
+    before = read_report(out) if (out / "report.json").exists() else {}
     shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens rope_theta max_positions".split()
     run_config = common.RunConfig(**{field: getattr(cfg, field) for field in shared})
     positions = window(run_config)
@@ -497,7 +504,6 @@ def main(cfg: Config) -> None:
             print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))
     if world.rank == 0:
         path = out / "report.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
         write_atomic(path, json.dumps(before | report, indent=1) + "\n")
         show(report)
         print(f"wrote {path}, with the samples of every benchmark beside it")

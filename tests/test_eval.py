@@ -235,6 +235,19 @@ def test_compare_and_table(tmp_path):
     assert done.returncode != 0 and "there is no" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{}x", '{"a": 1}', '{"a": {"result": {}}}', '{"a": {"result": {"avg@1": 1}}}']
+)
+def test_a_broken_report_is_named_before_a_model_is_loaded(tmp_path, text):
+    """Cut off, of another program, or of another kind."""
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(SystemExit, match="report.json is no report of eval.py"):
+        evaluation.read_report(tmp_path)
+    if not text:
+        done = run_script("eval.py", "--model", "map", "--out", str(tmp_path), check=False)
+        assert done.returncode != 0 and "is no report of eval.py" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_sampler_gets_the_flags_of_the_evaluation(monkeypatch, tmp_path, world):
     """Model, engine and prompt limit as a RunConfig; the completion limit beside it."""
     asked = []
