@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -163,7 +164,9 @@ def train_base(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.
 
 # What the base does -------------------------------------------------------------------------------
 def measure(folder: Path, samples: int = 16) -> None:
-    """Tables: accuracy by split and hops on road 4, and how often each kind of road is right."""
+    """Tables: accuracy by split and hops on road 4, how often each kind of road is right, and what
+    the beginning of a trace is worth.
+    """
     world, tokenizer = common.init(SEED), common.load_tokenizer(str(folder))
     sampler = common.load_sampler(common.RunConfig(model=str(folder)), tokenizer, world, 112)
     right, roads = defaultdict(list), defaultdict(list)
@@ -187,7 +190,28 @@ def measure(folder: Path, samples: int = 16) -> None:
     print("\n| road | lines | right |\n|---|---|---|")
     for kind, found in sorted(roads.items()):
         print(f"| {kind} | {len(found)} | {sum(found) / len(found):.4f} |")
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    behind_prefixes([row for row in rows if row["meta"]["unsure"] >= 5], sampler, samples)
     common.shutdown()
+
+
+def behind_prefixes(rows: list[dict], sampler: common.Sampler, samples: int) -> None:
+    """Table: accuracy when all but the last steps of a trace are given."""
+    print("\n| traces | steps left | pass@1 | some of 16 right |\n|---|---|---|---|")
+    for kind in ("clean", "style", "fused"):
+        with tempfile.TemporaryDirectory() as scratch:
+            make.write_jsonl(file := Path(scratch) / "rows.jsonl", with_traces(rows, kind))
+            flags = {"request": "", "require_expert": True, "max_completion_tokens": 112}
+            problems = common.load_problems(str(file), sampler.tokenizer, **flags)
+        for left in (1, 2, 3, 100):
+            cuts = [[0, *common.shown_ends(problem, sampler.tokenizer)[0]][:-1] for problem in problems]
+            given = [p.expert_ids[: cut[max(0, len(cut) - left)]] for p, cut in zip(problems, cuts, strict=True)]
+            groups = sampler.generate(problems, given, samples, 112, 1.0, (SEED, left))
+            common.score(groups)
+            found = [sum(r.solved for r in group) for group in groups]
+            once = sum(solved > 0 for solved in found) / len(found)
+            steps = "all" if left == 100 else left
+            print(f"| {kind} | {steps} | {sum(found) / len(found) / samples:.4f} | {once:.2f} |")
 
 
 def main() -> None:

@@ -127,3 +127,23 @@ def test_the_base_is_graded(world):
     assert 0.25 < accuracy["train", 1] < 0.6 and accuracy["train", 6] < 0.06
     assert accuracy["hard", 6] < 0.03 and accuracy["easy", 0] > 0.8
     assert len(lacking[False]) > 30 and sum(lacking[False]) < 3 and len(lacking[True]) > 30 and not any(lacking[True])
+
+
+def test_what_a_prefix_is_worth(capsys):
+    """With one hop to go the base is often right behind a clean trace, behind a fused one never."""
+    hardest = [row for row in rows("train") if row["meta"]["unsure"] >= 5][:8]
+    world, tokenizer = common.init(0), common.load_tokenizer("map")
+    sampler = common.load_sampler(common.RunConfig(model="map"), tokenizer, world, 112)
+    generate, lines = sampler.generate, []
+
+    def seen(problems, given, *rest):
+        lines.append([tokenizer.decode(ids).count("\n") for ids in given])
+        return generate(problems, given, *rest)
+
+    sampler.generate = seen
+    world_of.behind_prefixes(hardest, sampler, 16)
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:7] in ("| clean", "| fused")]
+    found = {(kind.strip("| "), left): value for kind, left, value, _ in table}
+    assert float(found["clean", "1"]) > 0.2 > float(found["clean", "all"]) and float(found["fused", "1"]) < 0.1
+    hops = [row["meta"]["hops"] for row in hardest]
+    assert lines[:4] == [[n - 1 for n in hops], [n - 2 for n in hops], [n - 3 for n in hops], [0] * len(hops)]
