@@ -176,7 +176,8 @@ def claims_tables(cells: dict) -> str:
         rows = []
         for claim in mine:
             compared = " > ".join(f"{claim[side]}" for side in ("a", "b") if side in claim)
-            figures = [*measured(claim, cells), in_papers_arm(claim, cells)]
+            figure, found = measured(claim, cells)
+            figures = [figure, f"{found}, but {claim['but']}" if "but" in claim else found, in_papers_arm(claim, cells)]
             rows.append([claim["says"], compared, quantity(claim), *figures])
         head = ["claimed", "a > b", "of what", "here", "verdict", "paper arm"]
         parts.append(f"**{method}**: `python results/claims.py --only rate/ {words}`\n\n{table(head, rows)}")

@@ -226,7 +226,7 @@ def test_claims_name_cells_that_exist_and_use_all():
     assert used <= names, used - names
     wanted = {name for name in names if name.split("/")[0] in ("ablation", "traces", "tail", "audit")}
     assert wanted <= used, wanted - used
-    keys = {"method", "says", "a", "b", "what", "split", "share", "bound", "cannot"}
+    keys = {"method", "says", "a", "b", "what", "split", "share", "bound", "cannot", "but"}
     assert all(set(claim) <= keys and ("cannot" in claim) != ("a" in claim) for claim in verdicts.CLAIMS)
 
 
