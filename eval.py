@@ -53,9 +53,7 @@ class Config:
     model: str = "tiny"  # model folder, hub name, or map or tiny (bundled)
     data: str = "math500"  # names of benchmarks, files or hub names, separated by commas
     data_dir: str = ""  # folder with NAME or NAME_test as .jsonl, .jsonl.gz or .parquet; empty: names are the hub's
-    out: str = (
-        ""  # folder of the report; empty: eval (traces) in the model's folder, or eval-<model> here for a hub name
-    )
+    out: str = ""  # folder of the report; empty: eval or traces in the model's, for a hub name eval-<model> here
     samples: int = 0  # per problem, the n of avg@n (torchrun reads --n as its own); 0: the benchmark's, 8 for others
     k: tuple[int, ...] = (1, 8, 32)  # of pass@k; those above samples are left out
     temperature: float = 0.6
@@ -489,7 +487,8 @@ def main(cfg: Config) -> None:
     Path(cfg.traces).parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         locate(name, cfg.data_dir)  # before a model is loaded
-    before = read_report(out) if (out / "report.json").exists() else {}
+    if (path := out / "report.json").exists():
+        read_report(out)  # a broken one is said now, not after hours
     shared = "model sampler sampler_memory tensor_parallel max_prompt_tokens rope_theta max_positions".split()
     run_config = common.RunConfig(**{field: getattr(cfg, field) for field in shared})
     positions = window(run_config)
@@ -503,7 +502,7 @@ def main(cfg: Config) -> None:
             report[entry["protocol"]["benchmark"]] = entry
             print("protocol: " + " ".join(f"{k}={v!r}" for k, v in entry["protocol"].items() if v not in ("", None)))
     if world.rank == 0:
-        path = out / "report.json"
+        before = read_report(out) if path.exists() else {}  # again: another evaluation may have ended meanwhile
         write_atomic(path, json.dumps(before | report, indent=1) + "\n")
         show(report)
         print(f"wrote {path}, with the samples of every benchmark beside it")

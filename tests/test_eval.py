@@ -248,6 +248,22 @@ def test_a_broken_report_is_named_before_a_model_is_loaded(tmp_path, text):
         assert done.returncode != 0 and "is no report of eval.py" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_what_another_evaluation_wrote_meanwhile_stays(monkeypatch, tmp_path):
+    """Two of one model at once: both benchmarks are in the report."""
+    theirs = fake_report(tmp_path / "theirs", {"p1": [1]}) / "report.json"
+    mine = {**json.loads(theirs.read_text())["math500"]}
+    mine["protocol"] = mine["protocol"] | {"benchmark": "test"}
+
+    def run(*_):
+        (tmp_path / "report.json").write_text(theirs.read_text())
+        return mine
+
+    monkeypatch.setattr(evaluation, "run", run)
+    monkeypatch.setattr(common, "load_sampler", lambda *_: None)
+    evaluation.main(evaluation.Config(model="map", data=str(ROOT / "map/test.jsonl"), out=str(tmp_path)))
+    assert list(json.loads((tmp_path / "report.json").read_text())) == ["math500", "test"]
+
+
 def test_the_sampler_gets_the_flags_of_the_evaluation(monkeypatch, tmp_path, world):
     """Model, engine and prompt limit as a RunConfig; the completion limit beside it."""
     asked = []
