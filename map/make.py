@@ -185,14 +185,18 @@ def measure(folder: Path, samples: int = 16) -> None:
                 roads[kind if line[2] == "4" else "1 to 3"].append(line[3:] == LEADS[line[:2], line[2]])
     print("| split | hops on road 4 | problems | pass@1 | some of 16 right |\n|---|---|---|---|---|")
     for (split, key), found in sorted(right.items(), key=lambda item: ([*SPLITS].index(item[0][0]), item[0][1])):
-        once = sum(solved > 0 for solved in found) / len(found)
-        print(f"| {split} | {key} | {len(found)} | {sum(found) / len(found) / samples:.4f} | {once:.2f} |")
+        print(f"| {split} | {key} | {len(found)} | {shares(found, samples)} |")
     print("\n| road | lines | right |\n|---|---|---|")
     for kind, found in sorted(roads.items()):
         print(f"| {kind} | {len(found)} | {sum(found) / len(found):.4f} |")
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     behind_prefixes([row for row in rows if row["meta"]["unsure"] >= 5], sampler, samples)
     common.shutdown()
+
+
+def shares(solved: list[int], samples: int) -> str:
+    """Of problems with so many right samples: pass@1, and how many have one that is right."""
+    return f"{sum(solved) / len(solved) / samples:.4f} | {sum(right > 0 for right in solved) / len(solved):.2f}"
 
 
 def behind_prefixes(rows: list[dict], sampler: common.Sampler, samples: int) -> None:
@@ -203,15 +207,12 @@ def behind_prefixes(rows: list[dict], sampler: common.Sampler, samples: int) -> 
             make.write_jsonl(file := Path(scratch) / "rows.jsonl", with_traces(rows, kind))
             flags = {"request": "", "require_expert": True, "max_completion_tokens": 112}
             problems = common.load_problems(str(file), sampler.tokenizer, **flags)
-        for left in (1, 2, 3, 100):
-            cuts = [[0, *common.shown_ends(problem, sampler.tokenizer)[0]][:-1] for problem in problems]
+        cuts = [[0, *common.shown_ends(problem, sampler.tokenizer)[0]][:-1] for problem in problems]
+        for left, name in ((1, "1"), (2, "2"), (3, "3"), (100, "all")):
             given = [p.expert_ids[: cut[max(0, len(cut) - left)]] for p, cut in zip(problems, cuts, strict=True)]
             groups = sampler.generate(problems, given, samples, 112, 1.0, (SEED, left))
             common.score(groups)
-            found = [sum(r.solved for r in group) for group in groups]
-            once = sum(solved > 0 for solved in found) / len(found)
-            steps = "all" if left == 100 else left
-            print(f"| {kind} | {steps} | {sum(found) / len(found) / samples:.4f} | {once:.2f} |")
+            print(f"| {kind} | {name} | {shares([sum(r.solved for r in group) for group in groups], samples)} |")
 
 
 def main() -> None:

@@ -165,18 +165,13 @@ def table(records: list[dict]) -> str:
     lines[0] += f" minutes | minutes to {TARGET} |"
     lines.append("|---" * 9 + "|")
     for r in records:
-        values, measured = (
-            list(r["accuracy"].values()),
-            [f"{r[k]:.3f}" if k in r else "" for k in ("pass@1", "pass@16")],
-        )
-        if values:
-            lines.append(
-                f"| {r['method']} | {r['rows']} | {len(r['seconds']) - 1} | {values[-1]:.3f}, {max(values):.3f} "
-                f"| {' | '.join(measured)} "
-                f"| {r['sampled_tokens'][-1]:,.0f} | {r['seconds'][-1] / 60:.1f} | {reached(r)} |"
-            )
+        measured = " | ".join(f"{r[k]:.3f}" if k in r else "" for k in ("pass@1", "pass@16"))
+        if values := list(r["accuracy"].values()):
+            run = f"{r['rows']} | {len(r['seconds']) - 1} | {values[-1]:.3f}, {max(values):.3f}"
+            cost = f"{r['sampled_tokens'][-1]:,.0f} | {r['seconds'][-1] / 60:.1f} | {reached(r)}"
+            lines.append(f"| {r['method']} | {run} | {measured} | {cost} |")
         else:
-            lines.append(f"| {r['method']} | | | | {' | '.join(measured)} | | | |")
+            lines.append(f"| {r['method']} | | | | {measured} | | | |")
     lines.append("\n| run | what it says to the first three test problems |\n|---|---|")
     for r in (r for r in records if "samples" in r):
         texts = ["`" + " ".join(text.split())[:120] + "`" for text in r["samples"]]
