@@ -1,15 +1,17 @@
 """Every method at equal budgets on the bundled map, and what the papers claim, as runs with seeds.
 
 python results/claims.py                      what is missing of all runs, two at a time: hours
-python results/claims.py --only bread uft     of the cells with one of these words in their name
+python results/claims.py --only bread uft     of the cells with one of these words in their name;
+                                              unless OUT has a grid, or "rate/" is one,
+                                              at the rates of claims.jsonl
 python results/claims.py --hours 2            begins none after two hours; the same command goes on
 python results/claims.py --count              only says how many runs are left
 
 A cell is one or two trainings with their flags. `controlled`: every knob that is not the method's
 own is the same in all, so that a difference is the method's. `paper`: each file's defaults, with
 its schedule scaled to the run. `rate`: the grid of learning rates, the same for every method and
-arm, of which the best goes into all other cells. `ablation`, `traces`, `tail`, `audit`: one thing
-of a method switched, or other data, under `controlled`. No run is stopped early.
+arm, of which the best goes into all other cells. `ablation`, `traces`, `tail`, `flipped`, `audit`:
+one thing of a method switched, or other data, under `controlled`. No run is stopped early.
 
 Each run appends a line to OUT/records.jsonl: accuracy on every split, curves, tokens, the commit.
 """
@@ -19,6 +21,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -80,11 +83,14 @@ ABLATIONS = {
     "bread, band 0.2 to 0.8": ("bread", {"band_low": 0.2, "band_high": 0.8}),
     "luffy, not shaped": ("luffy", {"gamma": -1.0}),
     "luffy, no trace": ("luffy", {"expert_rows": 0}),
+    "luffy, 4 updates, no clip": ("luffy", {"updates_per_step": 4, "clip_low": -1.0, "clip_high": -1.0}),
+    "luffy, 4 updates, clip": ("luffy", {"updates_per_step": 4}),
     "srft, no entropy in the weights": ("srft", {"positive_entropy_sign": 0, "sft_entropy_sign": 0}),
     "srft, signs turned": ("srft", {"positive_entropy_sign": -1, "sft_entropy_sign": 1}),
     "srft, rewards of 1 and -1": ("srft", {"rollouts": "pm1"}),
     "relift, SFT nearly every step": ("relift", {"buffer_size": 4}),
     "relift, oldest failures": ("relift", {"buffer_order": "oldest"}),
+    "relift, random questions": ("relift", {}),
     "prefix_rft, every prefix token": ("prefix_rft", {"keep_share": 1.0}),
     "prefix_rft, not annealed": ("prefix_rft", {"low_final": 0.95}),
     "uft, fixed hint": ("uft", {"hint_high": 0.5, "hint_low": 0.5, "hint_steps": 1000}),
@@ -95,7 +101,9 @@ ABLATIONS = {
     "chord, mu 0.5": ("chord", {"mu_peak": 0.5, "mu_valley": 0.5}),
     "chord, phi": ("chord", {"mu_peak": 0.1, "mu_valley": 0.1, "phi": True}),
     "hpt, gate 4": ("hpt", {"gate": 4}),
+    "hpt, the script's mixture": ("hpt", {"sft_coef": 0.12}),  # hpt.py's docstring
     "trapo, no trust region": ("trapo", {"trsft_alpha": 1e-6}),
+    "trapo, micro-groups alone": ("trapo", {"sft_coef": 0.0}),
 }
 TRACES = {  # on the same problems with traces of mixed quality
     "sft, mixed": ("sft", {}),
@@ -104,9 +112,12 @@ TRACES = {  # on the same problems with traces of mixed quality
     "iw_sft, mixed, by score": ("iw_sft", {"quality": True}),
     "iw_sft, mixed, dft": ("iw_sft", {"weight": "dft"}),
 }
+SHARES = (40, 10)  # percent of the training problems that have a trace
 TAIL = ("grpo", "bread", "luffy", "uft", "sft_then_grpo")  # on the hardest training problems alone
+TAIL_TRACES = ("clean", "style", "fused")
 PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 BUGS = ("correct", "first_last", "mean_of_means")  # of SFT, in results/accumulation_bugs.py
+FLIPPED = 0.2  # of the rewards, in the cells of that name
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Cell:
     name: str
     stages: tuple[tuple[str, dict], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    bug: str = "correct"
+    bug: str = "correct"  # or what else no flag does: "random questions", "flipped rewards"
     threads: int = 1
 
 
@@ -180,8 +191,16 @@ def cells(records: list[dict], steps: int) -> list[Cell]:
     own = {s: rates["controlled", s] for s in METHODS}
     for kind, table, data in (("ablation", ABLATIONS, ""), ("traces", TRACES, "train_mixed.jsonl")):
         for name, (script, flags) in table.items():
-            found.append(Cell(f"{kind}/{name}", (arm("controlled", script, steps, own[script], data, **flags),)))
-    for traces in ("clean", "fused"):
+            bug = "random questions" if name == "relift, random questions" else "correct"
+            stages = (arm("controlled", script, steps, own[script], data, **flags),)
+            found.append(Cell(f"{kind}/{name}", stages, bug=bug))
+    for share in SHARES:
+        data = f"some_{share}.jsonl"
+        found.append(Cell(f"traces/bread, {share} %", (arm("controlled", "bread", steps, own["bread"], data),)))
+        found.append(Cell(f"traces/sft_then_grpo, {share} %", then_grpo("controlled", rates, steps, data)))
+    for script in ("grpo", "bridge"):
+        found.append(Cell(f"flipped/{script}", (arm("controlled", script, steps, own[script]),), bug="flipped rewards"))
+    for traces in TAIL_TRACES:
         for script in TAIL:
             data = f"tail_{traces}.jsonl"
             one = (arm("controlled", script, steps, own[script], data),) if script in METHODS else None
@@ -193,14 +212,22 @@ def cells(records: list[dict], steps: int) -> list[Cell]:
 
 # One run ------------------------------------------------------------------------------------------
 def make_data(folder: Path) -> None:
-    """Traces of other qualities, and the hardest of the training problems alone."""
+    """Traces of other qualities, or of some problems, and the hardest training problems alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("mixed", "fused"):
+    for kind in ("mixed", *TAIL_TRACES[1:]):
         command = [sys.executable, str(ROOT / "map/make.py"), "--traces", kind, "--out", str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    for name, file in (("clean", ROOT / "map/train.jsonl"), ("fused", folder / "train_fused.jsonl")):
+    clean = ROOT / "map/train.jsonl"
+    for name in TAIL_TRACES:
+        file = clean if name == "clean" else folder / f"train_{name}.jsonl"
         rows = [line for line in file.read_text().splitlines() if json.loads(line)["meta"]["unsure"] >= 5]
         (folder / f"tail_{name}.jsonl").write_text("".join(line + "\n" for line in rows))
+    rows = [json.loads(line) for line in clean.read_text().splitlines()]
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    for share in SHARES:  # the smaller one has some of the larger one's
+        traced = {*order[: round(len(rows) * share / 100)]}
+        found = [row if i in traced else row | {"solution": None} for i, row in enumerate(rows)]
+        (folder / f"some_{share}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 def break_sft(bug: str, sft: ModuleType) -> None:
@@ -219,6 +246,25 @@ def break_sft(bug: str, sft: ModuleType) -> None:
     sft.loss_fn = mean_of_means if bug == "mean_of_means" else loss_fn
 
 
+def ask_at_random(relift: ModuleType, seed: int) -> None:
+    """As many questions come into the buffer as failed, but any."""
+    ids = [json.loads(line)["id"] for line in (ROOT / "map/train.jsonl").read_text().splitlines()]
+    whole, rng = relift.push_and_pop, random.Random(seed)
+    relift.push_and_pop = lambda buffer, failed, *how: whole(buffer, rng.sample(ids, len(failed)), *how)
+
+
+def flip_rewards(seed: int) -> None:
+    """Of what a gradient is made of; what is logged and tested is not."""
+    whole, coin = common.group_advantages, torch.Generator().manual_seed(seed)
+
+    def group_advantages(rewards, scale_by_std, baseline):
+        flips = torch.rand(rewards.shape, generator=coin) < FLIPPED
+        rewards = torch.where(flips, 1 - rewards, rewards)
+        return whole(rewards, scale_by_std, baseline=rewards.mean())
+
+    common.group_advantages = group_advantages
+
+
 def command_line(flags: dict) -> list[str]:
     """Flags as words of a command."""
     switches = {True: "--", False: "--no-"}
@@ -230,8 +276,12 @@ def train(script: str, flags: dict, folder: Path, bug: str) -> list[dict]:
     """The file's own main with these flags, in this process; its metrics."""
     module, kept = importlib.import_module(script), common.microbatches
     sys.argv = [f"{script}.py", *command_line(flags), "--out", str(folder)]
-    if bug != "correct" and script == "sft":
+    if bug in BUGS[1:] and script == "sft":
         break_sft(bug, module)
+    elif bug == "random questions":
+        ask_at_random(module, flags["seed"])
+    elif bug == "flipped rewards":
+        flip_rewards(flags["seed"])
     module.main(common.parse(module.Config))
     common.microbatches = kept
     shutil.rmtree(folder / "checkpoints")
@@ -298,11 +348,21 @@ def read(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def recorded() -> list[dict]:
+    """The grid of claims.jsonl, as far as best_rates reads a record."""
+    lines = [json.loads(line) for line in (ROOT / "results/claims.jsonl").read_text().splitlines()]
+    grid = [(line["cell"], run) for line in lines if line["cell"].startswith("rate/") for run in line["seeds"].values()]
+    return [{"cell": cell, "accuracy": dict(enumerate(run["accuracy"]))} for cell, run in grid]
+
+
 def left(cfg: Config, tried: set) -> list[tuple[Cell, int]]:
     """Runs that have no record yet and were not tried."""
     records = read(cfg.out)
     known = {(r["cell"], r["seed"]) for r in records} | tried
-    wanted = [c for c in cells(records, cfg.steps) if not cfg.only or any(word in c.name for word in cfg.only)]
+    gridless = cfg.only and not best_rates(records) and not any("rate/" in word for word in cfg.only)
+    found = cells(recorded(), cfg.steps) if gridless else cells(records, cfg.steps)
+    wanted = [c for c in found if not cfg.only or any(word in c.name for word in cfg.only)]
+    wanted = [c for c in wanted if not (gridless and c.name.startswith("rate/"))]
     return [(cell, seed) for cell in wanted for seed in cell.seeds if (cell.name, seed) not in known]
 
 

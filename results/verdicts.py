@@ -180,7 +180,7 @@ def claims_tables(cells: dict) -> str:
             figures = [figure, f"{found}, but {claim['but']}" if "but" in claim else found, in_papers_arm(claim, cells)]
             rows.append([claim["says"], compared, quantity(claim), *figures])
         head = ["claimed", "a > b", "of what", "here", "verdict", "paper arm"]
-        parts.append(f"**{method}**: `python results/claims.py --only rate/ {words}`\n\n{table(head, rows)}")
+        parts.append(f"**{method}**: `python results/claims.py --only {words}`\n\n{table(head, rows)}")
     return "\n".join(parts)
 
 

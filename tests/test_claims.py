@@ -5,11 +5,13 @@ import json
 import sys
 
 import pytest
-from conftest import run_script
+import torch
+from conftest import ROOT, run_script
 
 import common
+import relift
 import sft
-from results import claims
+from results import claims, compared
 from results.accumulation_bugs import weights
 
 GRID = [
@@ -80,6 +82,57 @@ def test_the_bugs_of_sft_are_the_published_ones(bug, world, monkeypatch):
         found[len(batch.rollouts[0].completion_ids) // 4] = -logprobs.grad.min().item()
     wanted = weights([10, 26, 42], bug)
     assert found == pytest.approx({i: w for i, w in enumerate(wanted) if w})
+
+
+def test_random_questions_are_as_many_as_failed(monkeypatch):
+    """And any of the training problems, the same for one seed."""
+    seen = []
+    monkeypatch.setattr(relift, "push_and_pop", lambda buffer, failed, *how: seen.append((buffer, failed, how)))
+    ids = {json.loads(line)["id"] for line in (ROOT / "map/train.jsonl").read_text().splitlines()}
+    whole = relift.push_and_pop
+    for _ in range(2):
+        monkeypatch.setattr(relift, "push_and_pop", whole)
+        claims.ask_at_random(relift, 1)
+        relift.push_and_pop(["a"], ["b", "c", "d"], 32, "newest")
+    assert seen[0] == seen[1] and seen[0][0] == ["a"] and seen[0][2] == (32, "newest")
+    assert len({*seen[0][1]}) == 3 and {*seen[0][1]} <= ids
+
+
+def test_a_fifth_of_the_rewards_is_flipped_and_the_baseline_is_of_them(monkeypatch):
+    """Of 2000 rows: a group with one reward gets advantages, of mean 0."""
+    monkeypatch.setattr(common, "group_advantages", common.group_advantages)
+    claims.flip_rewards(0)
+    rewards = torch.ones(1, 2000)
+    found = common.group_advantages(rewards, False, baseline=rewards.mean())
+    assert (found < 0).double().mean().item() == pytest.approx(claims.FLIPPED, abs=0.03)
+    assert found.mean().item() == pytest.approx(0, abs=1e-6) and found.unique().numel() == 2
+
+
+def test_shares_of_the_traces(tmp_path):
+    """Of the same problems in the same order; who has one of the fewer has one of the more."""
+    claims.make_data(tmp_path)
+    files = [ROOT / "map/train.jsonl", *(tmp_path / f"some_{share}.jsonl" for share in claims.SHARES)]
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    traced = [{row["id"] for row in part if row["solution"]} for part in rows]
+    assert [len(part) for part in traced] == [512, 205, 51] and traced[2] < traced[1]
+    assert all([{**row, "solution": 0} for row in part] == [{**row, "solution": 0} for row in rows[0]] for part in rows)
+    hard = {len((tmp_path / f"tail_{name}.jsonl").read_text().splitlines()) for name in claims.TAIL_TRACES}
+    assert hard == {170}
+
+
+def test_rates_are_those_of_the_records_where_other_cells_alone_are_asked_for(tmp_path):
+    """And of OUT's own grid where there is one; a word of the grid asks for it."""
+
+    def todo(*only: str) -> list[str]:
+        return [cell.name for cell, _ in claims.left(claims.Config(only=only, out=tmp_path), set())]
+
+    assert todo("uft, fixed") == ["ablation/uft, fixed hint"] * 3 and todo() == todo("rate/")
+    assert not [name for name in todo("uft") if name.startswith("rate/")]
+    cells, lines = claims.cells(claims.recorded(), 60), compared.load()
+    assert all(json.loads(json.dumps(c.stages)) == lines[c.name]["stages"] for c in cells if c.name in lines)
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in GRID))
+    (cell, _), *_ = claims.left(claims.Config(only=("uft, fixed",), out=tmp_path), set())
+    assert cell.stages[0][1]["lr"] == 3e-4 and "rate/paper/uft/0.001" not in todo("rate/controlled")
 
 
 def test_a_run_leaves_its_record(tmp_path):
