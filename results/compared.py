@@ -20,6 +20,20 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # seeds: 97.5 % quantile of
 # Raw records to claims.jsonl ----------------------------------------------------------------------
 def check(records: list[dict], partial: bool) -> list[str]:
     """Runs that are missing; exit with a sentence where a table would say what is not so."""
+    refuse(records)
+    steps, there = sum(flags["steps"] for _, flags in records[0]["stages"]), {r["cell"] for r in records}
+    grid = claims.cells([], steps) if partial else []  # a rate that has not been tried is no arm's best
+    untried = [{"cell": cell.name, "accuracy": {"0": 0.0}} for cell in grid if cell.name not in there]
+    wanted = claims.cells(records + untried, steps)
+    same_flags(records, wanted)
+    missing = absent({(r["cell"], r["seed"]) for r in records}, wanted)
+    if missing and not partial:
+        sys.exit(f"{len(missing)} runs are missing (--partial goes on): {', '.join(missing)}.")
+    return missing
+
+
+def refuse(records: list[dict]) -> None:
+    """Exit where they are not of one clean commit, or one run is there twice."""
     runs, commits = [(r["cell"], r["seed"]) for r in records], sorted({r["commit"] for r in records})
     if len(commits) != 1:
         sys.exit(f"The records come from {len(commits)} commits: {', '.join(c[:7] for c in commits)}.")
@@ -27,18 +41,18 @@ def check(records: list[dict], partial: bool) -> list[str]:
         sys.exit(f"The working tree had changes in {len(dirty)} runs, the first of them {dirty[0]}.")
     if twice := sorted({run for run in runs if runs.count(run) > 1}):
         sys.exit(f"{len(twice)} runs have several records, the first of them {twice[0]}.")
-    steps, there = sum(flags["steps"] for _, flags in records[0]["stages"]), {r["cell"] for r in records}
-    grid = claims.cells([], steps) if partial else []  # a rate that has not been tried is no arm's best
-    untried = [{"cell": cell.name, "accuracy": {"0": 0.0}} for cell in grid if cell.name not in there]
-    wanted = {c.name: c for c in claims.cells(records + untried, steps)}
+
+
+def same_flags(records: list[dict], wanted: list[claims.Cell]) -> None:
+    """Exit where a record's are not those of claims.py."""
+    known = {c.name: (json.loads(json.dumps(c.stages)), c.bug) for c in wanted}
     for r in records:
-        cell = wanted.get(r["cell"])
-        if cell is None or (json.loads(json.dumps(cell.stages)), cell.bug) != (r["stages"], r["bug"]):
+        if known.get(r["cell"]) != (r["stages"], r["bug"]):
             sys.exit(f"The record of {r['cell']} has other flags than results/claims.py gives it.")
-    missing = [f"{c.name} (seed {seed})" for c in wanted.values() for seed in c.seeds if (c.name, seed) not in runs]
-    if missing and not partial:
-        sys.exit(f"{len(missing)} runs are missing (--partial goes on): {', '.join(missing)}.")
-    return missing
+
+
+def absent(runs: set[tuple[str, int]], wanted: list[claims.Cell]) -> list[str]:
+    return [f"{c.name} (seed {seed})" for c in wanted for seed in c.seeds if (c.name, seed) not in runs]
 
 
 def compact(records: list[dict], report: dict, partial: bool = False) -> list[dict]:
@@ -46,7 +60,12 @@ def compact(records: list[dict], report: dict, partial: bool = False) -> list[di
     missing = check(records, partial)
     found = {Path(name).stem: entry["result"] for name, entry in report.items()}
     base = {split: {k: round(v, 4) for k, v in result.items() if k[:5] == "pass@"} for split, result in found.items()}
-    lines = {"base": {"cell": "base", "splits": base, "missing": missing}}
+    return [{"cell": "base", "splits": base, "missing": missing}, *by_cell(records).values()]
+
+
+def by_cell(records: list[dict]) -> dict[str, dict]:
+    """{name: the line of a cell}"""
+    lines = {}
     for r in records:
         same = {k: r[k] for k in ("cell", "stages", "bug", "threads", "commit", "dirty")}
         line = lines.setdefault(r["cell"], same | {"versions": [], "hardware": [], "seeds": {}})
@@ -56,7 +75,7 @@ def compact(records: list[dict], report: dict, partial: bool = False) -> list[di
         curves = {k: [round(v, 3) if v else v for v in values] for k, values in r["curves"].items()}
         run = {"steps": [int(step) for step in r["accuracy"]], "accuracy": accuracy, "splits": r["splits"]}
         line["seeds"][str(r["seed"])] = run | {"curves": curves}
-    return list(lines.values())
+    return lines
 
 
 def add(paths: tuple[Path, ...], partial: bool) -> None:
@@ -64,9 +83,42 @@ def add(paths: tuple[Path, ...], partial: bool) -> None:
     report = paths[0].parent / "base/report.json"
     if not report.exists():
         sys.exit(f"{report} is missing: python eval.py --model map --out {report.parent} --samples 16 --k 1 16")
-    found = dict.fromkeys(line for path in paths for line in path.read_text().splitlines())
-    records = [json.loads(line) for line in found]
-    lines = compact(records, json.loads(report.read_text()), partial)
+    keep(compact(read(paths), json.loads(report.read_text()), partial))
+
+
+def add_later(paths: tuple[Path, ...]) -> None:
+    """Write cells of a later commit beside those of claims.jsonl. Of every file that they train one
+    run is there of the first commit too, made on the same machine and equal in every number.
+    """
+    lines, records = load(), read(paths)
+    first = next(line["commit"] for line in lines.values() if "commit" in line)
+    again, later = ([r for r in records if (r["commit"] == first) == old] for old in (True, False))
+    wanted = claims.cells(claims.recorded(), sum(flags["steps"] for _, flags in records[0]["stages"]))
+    for part in (again, later):
+        refuse(part)
+        same_flags(part, wanted)
+    found, proven, repeated = by_cell(later), set(), []
+    for name, line in by_cell(again).items():
+        for seed, run in line["seeds"].items():
+            if found.get(name, {"seeds": {}})["seeds"].get(seed) != run:
+                sys.exit(f"{name} (seed {seed}) is not what it is at {first[:7]}: the methods differ, or the machines.")
+            repeated.append(f"{name} (seed {seed})")
+        proven |= {script for script, _ in line["stages"]}
+    new = {name: line for name, line in found.items() if name not in lines}
+    if unknown := {script for line in new.values() for script, _ in line["stages"]} - proven:
+        sys.exit(f"No run of {', '.join(sorted(unknown))} is there of {first[:7]} too: the method may be another one.")
+    lines |= new
+    runs = {(name, int(seed)) for name, line in lines.items() for seed in line.get("seeds", ())}
+    lines["base"] |= {"missing": absent(runs, wanted), "repeated": repeated}
+    keep([*lines.values()])
+
+
+def read(paths: tuple[Path, ...]) -> list[dict]:
+    """Their records, one that several have once."""
+    return [json.loads(line) for line in dict.fromkeys(line for p in paths for line in p.read_text().splitlines())]
+
+
+def keep(lines: list[dict]) -> None:
     RECORDS.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 

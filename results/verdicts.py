@@ -3,6 +3,7 @@
 python results/verdicts.py                                      tables and figures: make results
 python results/verdicts.py --add runs/claims/records.jsonl      first claims.jsonl from raw records
 python eval.py --model map --out runs/claims/base --samples 16 --k 1 16       the base, for --add
+python results/verdicts.py --add_later runs/more/records.jsonl   cells that it does not have
 
 An interval is Student's, 95 %, over seeds. A claim of claims.toml is one number for each seed,
 above 0 where the claim holds: as a rule a's accuracy minus b's with the same seed. It is *seen*
@@ -21,7 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script: the methods are one folder up
 from results import claims  # noqa: E402
-from results.compared import add, interval, load, pairs, spent, verdict  # noqa: E402
+from results.compared import add, add_later, interval, load, pairs, spent, verdict  # noqa: E402
 from results.methods import write  # noqa: E402
 from results.verdicts_pictures import draw  # noqa: E402
 
@@ -35,6 +36,7 @@ MIXED = [m for m in METHODS if m not in ("grpo", "dapo", "sft", "iw_sft", "sft_t
 class Config:
     add: tuple[Path, ...] = ()  # raw records of one commit, from one machine or several
     partial: bool = False  # add them though runs are missing
+    add_later: tuple[Path, ...] = ()  # of a later commit, and of a run of every file at the first one
 
 
 # Tables of runs -----------------------------------------------------------------------------------
@@ -120,12 +122,18 @@ def threads_line(cells: dict) -> str:
 
 
 def origin(cells: dict) -> str:
-    """Commit, versions and machines of the runs."""
+    """Commits, versions and machines of the runs."""
     lines = [line for name, line in cells.items() if name != "base"]
+    commits = Counter()
+    for line in lines:
+        commits[line["commit"][:7]] += len(line["seeds"])
     versions = sorted({", ".join(f"{k} {v}" for k, v in made.items()) for line in lines for made in line["versions"]})
     machines = sorted({machine for line in lines for machine in line["hardware"]})
-    count, missing = sum(len(line["seeds"]) for line in lines), cells["base"]["missing"]
-    text = f"{count} runs of commit {lines[0]['commit'][:7]} ({'; '.join(versions)}; {'; '.join(machines)})"
+    missing, repeated = cells["base"]["missing"], cells["base"].get("repeated")
+    text = ", ".join(f"{count} runs of commit {commit}" for commit, count in commits.items())
+    text += f" ({'; '.join(versions)}; {'; '.join(machines)})"
+    if repeated:
+        text += f"; {len(repeated)} runs were made at both, on one machine, and are the same in every number"
     kinds = Counter("/".join(name.split(" (")[0].split("/")[: 1 + name.startswith("rate")]) for name in missing)
     return text + (f"; **not run yet**: {', '.join(f'{n} of {kind}' for kind, n in kinds.items())}" if missing else "")
 
@@ -299,6 +307,8 @@ def page(cells: dict) -> str:
 def main(cfg: Config) -> None:
     if cfg.add:
         add(cfg.add, cfg.partial)
+    if cfg.add_later:
+        add_later(cfg.add_later)
     cells = load()
     write("results/README.md", "claims", page(cells))
     write("README.md", "results", short_page(cells))

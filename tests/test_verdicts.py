@@ -93,6 +93,53 @@ def test_files_of_two_machines_are_one_table(records, tmp_path, monkeypatch):
     assert sum(len(line["seeds"]) for name, line in compared.load().items() if name != "base") == len(records)
 
 
+@pytest.fixture
+def later(records, cells, tmp_path, monkeypatch):
+    """TRAPO's ablations were run later; a function writes them and runs of the first commit."""
+    first = {name: line for name, line in cells.items() if not name.startswith("ablation/trapo")}
+    monkeypatch.setattr(compared, "RECORDS", tmp_path / "claims.jsonl")
+    monkeypatch.setattr(claims, "recorded", lambda: GRID)
+    compared.keep(list(first.values()))
+    new = [r | {"commit": "b" * 40} for r in records if r["cell"].startswith("ablation/trapo")]
+
+    def make(change: dict, *again: dict) -> tuple:
+        (tmp_path / "raw").write_text("".join(json.dumps(r) + "\n" for r in [*again, new[0] | change, *new[1:]]))
+        return (tmp_path / "raw",)
+
+    return new, make
+
+
+def test_runs_of_a_later_commit_stand_beside_a_run_made_at_both(later):
+    new, make = later
+    compared.add_later(make({}, new[0] | {"commit": "a" * 40}))
+    cells = compared.load()
+    assert cells[new[0]["cell"]]["commit"] == "b" * 40 and cells["base"]["missing"] == []
+    assert f", {len(new)} runs of commit bbbbbbb (" in verdicts.origin(cells)
+    assert "; 1 runs were made at both" in verdicts.origin(cells) and "not run" not in verdicts.page(cells)
+
+
+def test_a_later_commit_whose_numbers_are_others_is_refused(later, records):
+    new, make = later
+    again = new[0] | {"commit": "a" * 40}
+    known = {cell.name: json.loads(json.dumps(cell.stages)) for cell in claims.cells(GRID, 60)}
+    for change, old, sentence in (
+        ({}, again | {"splits": {}}, r"trapo.*seed 0\) is not what it is at aaaaaaa"),
+        ({}, again | {"seed": 7}, r"trapo.*seed 7\) is not what"),
+        ({}, again | {"cell": "controlled/trapo", "stages": known["controlled/trapo"]}, "controlled/trapo .* not what"),
+        ({}, again | {"stages": [["sft", {"steps": 60}]]}, "trapo.* has other flags"),
+        ({"dirty": True}, again, "had changes in 1 runs"),
+        ({"commit": "c" * 40}, again, "2 commits: bbbbbbb, ccccccc"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            compared.add_later(make(change, old))
+    with pytest.raises(SystemExit, match="0 commits"):
+        compared.add_later(make({}))
+    sft = next(r for r in records if r["cell"] == "controlled/sft") | {"commit": "b" * 40}
+    with pytest.raises(SystemExit, match="No run of trapo is there of aaaaaaa too"):
+        compared.add_later(make({}, sft, sft | {"commit": "a" * 40}))
+    assert new[0]["cell"] not in compared.load()
+
+
 def test_machines_and_versions_are_kept(records):
     """One commit on two machines is one table, which says so."""
     other = {"versions": {"torch": "3"}, "hardware": "arm"}
