@@ -10,8 +10,8 @@ python results/claims.py --count              only says how many runs are left
 A cell is one or two trainings with their flags. `controlled`: every knob that is not the method's
 own is the same in all, so that a difference is the method's. `paper`: each file's defaults, with
 its schedule scaled to the run. `rate`: the grid of learning rates, the same for every method and
-arm, of which the best goes into all other cells. `ablation`, `traces`, `tail`, `flipped`, `audit`:
-one thing of a method switched, or other data, under `controlled`. No run is stopped early.
+arm, of which the best goes into all other cells. `ablation`, `traces`, `tail`, `audit`: one thing
+of a method switched, or other data, under `controlled`. No run is stopped early.
 
 Each run appends a line to OUT/records.jsonl: accuracy on every split, curves, tokens, the commit.
 """
@@ -88,6 +88,7 @@ ABLATIONS = {
     "srft, no entropy in the weights": ("srft", {"positive_entropy_sign": 0, "sft_entropy_sign": 0}),
     "srft, signs turned": ("srft", {"positive_entropy_sign": -1, "sft_entropy_sign": 1}),
     "srft, rewards of 1 and -1": ("srft", {"rollouts": "pm1"}),
+    "srft, rollouts over the longest length": ("srft", {"loss_norm": "constant"}),
     "relift, SFT nearly every step": ("relift", {"buffer_size": 4}),
     "relift, oldest failures": ("relift", {"buffer_order": "oldest"}),
     "relift, random questions": ("relift", {}),
@@ -112,12 +113,11 @@ TRACES = {  # on the same problems with traces of mixed quality
     "iw_sft, mixed, by score": ("iw_sft", {"quality": True}),
     "iw_sft, mixed, dft": ("iw_sft", {"weight": "dft"}),
 }
-SHARES = (40, 10)  # percent of the training problems that have a trace
+SHARE = 40  # percent of the training problems have a trace, in the cells of that name
 TAIL = ("grpo", "bread", "luffy", "uft", "sft_then_grpo")  # on the hardest training problems alone
 TAIL_TRACES = ("clean", "style", "fused")
 PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 BUGS = ("correct", "first_last", "mean_of_means")  # of SFT, in results/accumulation_bugs.py
-FLIPPED = 0.2  # of the rewards, in the cells of that name
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Cell:
     name: str
     stages: tuple[tuple[str, dict], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    bug: str = "correct"  # or what else no flag does: "random questions", "flipped rewards"
+    bug: str = "correct"  # or what else no flag does: "random questions"
     threads: int = 1
 
 
@@ -194,12 +194,10 @@ def cells(records: list[dict], steps: int) -> list[Cell]:
             bug = "random questions" if name == "relift, random questions" else "correct"
             stages = (arm("controlled", script, steps, own[script], data, **flags),)
             found.append(Cell(f"{kind}/{name}", stages, bug=bug))
-    for share in SHARES:
-        data = f"some_{share}.jsonl"
-        found.append(Cell(f"traces/bread, {share} %", (arm("controlled", "bread", steps, own["bread"], data),)))
-        found.append(Cell(f"traces/sft_then_grpo, {share} %", then_grpo("controlled", rates, steps, data)))
-    for script in ("grpo", "bridge"):
-        found.append(Cell(f"flipped/{script}", (arm("controlled", script, steps, own[script]),), bug="flipped rewards"))
+    data = f"some_{SHARE}.jsonl"
+    some = arm("controlled", "bread", steps, own["bread"], data, traces="optional")  # on all problems, as GRPO
+    found.append(Cell(f"traces/bread, {SHARE} %", (some,)))
+    found.append(Cell(f"traces/sft_then_grpo, {SHARE} %", then_grpo("controlled", rates, steps, data)))
     for traces in TAIL_TRACES:
         for script in TAIL:
             data = f"tail_{traces}.jsonl"
@@ -224,10 +222,9 @@ def make_data(folder: Path) -> None:
         (folder / f"tail_{name}.jsonl").write_text("".join(line + "\n" for line in rows))
     rows = [json.loads(line) for line in clean.read_text().splitlines()]
     order = random.Random(0).sample(range(len(rows)), len(rows))
-    for share in SHARES:  # the smaller one has some of the larger one's
-        traced = {*order[: round(len(rows) * share / 100)]}
-        found = [row if i in traced else row | {"solution": None} for i, row in enumerate(rows)]
-        (folder / f"some_{share}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    traced = {*order[: round(len(rows) * SHARE / 100)]}
+    found = [row if i in traced else row | {"solution": None} for i, row in enumerate(rows)]
+    (folder / f"some_{SHARE}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 def break_sft(bug: str, sft: ModuleType) -> None:
@@ -253,18 +250,6 @@ def ask_at_random(relift: ModuleType, seed: int) -> None:
     relift.push_and_pop = lambda buffer, failed, *how: whole(buffer, rng.sample(ids, len(failed)), *how)
 
 
-def flip_rewards(seed: int) -> None:
-    """Of what a gradient is made of; what is logged and tested is not."""
-    whole, coin = common.group_advantages, torch.Generator().manual_seed(seed)
-
-    def group_advantages(rewards, scale_by_std, baseline):
-        flips = torch.rand(rewards.shape, generator=coin) < FLIPPED
-        rewards = torch.where(flips, 1 - rewards, rewards)
-        return whole(rewards, scale_by_std, baseline=rewards.mean())
-
-    common.group_advantages = group_advantages
-
-
 def command_line(flags: dict) -> list[str]:
     """Flags as words of a command."""
     switches = {True: "--", False: "--no-"}
@@ -280,8 +265,6 @@ def train(script: str, flags: dict, folder: Path, bug: str) -> list[dict]:
         break_sft(bug, module)
     elif bug == "random questions":
         ask_at_random(module, flags["seed"])
-    elif bug == "flipped rewards":
-        flip_rewards(flags["seed"])
     module.main(common.parse(module.Config))
     common.microbatches = kept
     shutil.rmtree(folder / "checkpoints")

@@ -151,7 +151,7 @@ def measured(claim: dict, cells: dict) -> tuple[str, str]:
     unit, digits = (1e3, 0) if claim.get("what") == "tokens to" else (1, 1 if claim.get("what") == "steps to" else 3)
     mean, half = interval(differences / unit)
     sides = " against ".join(f"{side.mean() / unit:,.{digits}f}" for side in (a, b))
-    figure = f"{sides}: {between(mean, half, '+', digits)} ({len(a)} seeds)"
+    figure = f"{sides}: {between(mean, half, '+', digits)}" + (f" ({len(a)} seeds)" if len(a) > 1 else "")
     limit = {"share", "bound"} & set(claim)
     return figure, verdict(differences, *(["it takes more"] if limit else []))
 

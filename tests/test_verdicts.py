@@ -271,7 +271,7 @@ def test_claims_name_cells_that_exist_and_use_all():
     names = {cell.name for cell in claims.cells(GRID, 60)} | {"base"}
     used = {claim[side] for claim in verdicts.CLAIMS for side in ("a", "b") if side in claim}
     assert used <= names, used - names
-    wanted = {name for name in names if name.split("/")[0] in ("ablation", "traces", "tail", "flipped", "audit")}
+    wanted = {name for name in names if name.split("/")[0] in ("ablation", "traces", "tail", "audit")}
     assert wanted <= used, wanted - used
     keys = {"method", "says", "a", "b", "what", "split", "share", "bound", "cannot", "but"}
     assert all(set(claim) <= keys and ("cannot" in claim) != ("a" in claim) for claim in verdicts.CLAIMS)
