@@ -104,11 +104,19 @@ def add_later(paths: tuple[Path, ...]) -> None:
                 sys.exit(f"{name} (seed {seed}) is not what it is at {first[:7]}: the methods differ, or the machines.")
             repeated.append(f"{name} (seed {seed})")
         proven |= {script for script, _ in line["stages"]}
-    new = {name: line for name, line in found.items() if name not in lines}
+    new = {name: line for name, line in found.items() if lines.get(name, line)["commit"] != first}
     if unknown := {script for line in new.values() for script, _ in line["stages"]} - proven:
         sys.exit(f"No run of {', '.join(sorted(unknown))} is there of {first[:7]} too: the method may be another one.")
-    lines |= new
+    for name, line in found.items():
+        old = lines.setdefault(name, line)
+        if old["commit"] != line["commit"]:
+            print(f"{name}: claims.jsonl has it of {old['commit'][:7]}, which stays")
+            continue
+        old["seeds"] |= line["seeds"]
+        for key in ("versions", "hardware"):
+            old[key] += [made for made in line[key] if made not in old[key]]
     runs = {(name, int(seed)) for name, line in lines.items() for seed in line.get("seeds", ())}
+    repeated = sorted({*lines["base"].get("repeated", ()), *repeated})
     lines["base"] |= {"missing": absent(runs, wanted), "repeated": repeated}
     keep([*lines.values()])
 

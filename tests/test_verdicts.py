@@ -118,6 +118,25 @@ def test_runs_of_a_later_commit_stand_beside_a_run_made_at_both(later):
     assert "; 1 runs were made at both" in verdicts.origin(cells) and "not run" not in verdicts.page(cells)
 
 
+def test_later_runs_may_come_in_parts_and_never_replace(later, records, capsys):
+    """What is still missing is named; a cell of the first commit stays as it is."""
+    new, make = later
+    again = new[0] | {"commit": "a" * 40}
+    (path,) = make({}, again)
+    whole = path.read_text().splitlines(True)
+    path.write_text("".join(whole[:-1]))
+    compared.add_later((path,))
+    assert compared.load()["base"]["missing"] == [f"{new[-1]['cell']} (seed {new[-1]['seed']})"]
+    sft = next(r for r in records if r["cell"] == "controlled/sft") | {"commit": "b" * 40, "splits": {}}
+    other = json.loads(whole[-1]) | {"hardware": "arm"}
+    path.write_text("".join(json.dumps(r) + "\n" for r in (again, new[0], sft, other)))
+    compared.add_later((path,))
+    cells = compared.load()
+    assert cells["base"]["missing"] == [] and len(cells["base"]["repeated"]) == 1
+    assert cells[other["cell"]]["hardware"] == ["x86", "arm"] and cells["controlled/sft"]["commit"] == "a" * 40
+    assert "controlled/sft: claims.jsonl has it of aaaaaaa, which stays" in capsys.readouterr().out
+
+
 def test_a_later_commit_whose_numbers_are_others_is_refused(later, records):
     new, make = later
     again = new[0] | {"commit": "a" * 40}
