@@ -91,7 +91,6 @@ ABLATIONS = {
     "srft, rollouts over the longest length": ("srft", {"loss_norm": "constant"}),
     "relift, SFT nearly every step": ("relift", {"buffer_size": 4}),
     "relift, oldest failures": ("relift", {"buffer_order": "oldest"}),
-    "relift, random questions": ("relift", {}),
     "prefix_rft, every prefix token": ("prefix_rft", {"keep_share": 1.0}),
     "prefix_rft, not annealed": ("prefix_rft", {"low_final": 0.95}),
     "uft, fixed hint": ("uft", {"hint_high": 0.5, "hint_low": 0.5, "hint_steps": 1000}),
@@ -191,9 +190,9 @@ def cells(records: list[dict], steps: int) -> list[Cell]:
     own = {s: rates["controlled", s] for s in METHODS}
     for kind, table, data in (("ablation", ABLATIONS, ""), ("traces", TRACES, "train_mixed.jsonl")):
         for name, (script, flags) in table.items():
-            bug = "random questions" if name == "relift, random questions" else "correct"
-            stages = (arm("controlled", script, steps, own[script], data, **flags),)
-            found.append(Cell(f"{kind}/{name}", stages, bug=bug))
+            found.append(Cell(f"{kind}/{name}", (arm("controlled", script, steps, own[script], data, **flags),)))
+    relift = arm("controlled", "relift", steps, own["relift"])
+    found.append(Cell("ablation/relift, random questions", (relift,), bug="random questions"))
     data = f"some_{SHARE}.jsonl"
     some = arm("controlled", "bread", steps, own["bread"], data, traces="optional")  # on all problems, as GRPO
     found.append(Cell(f"traces/bread, {SHARE} %", (some,)))
@@ -221,8 +220,7 @@ def make_data(folder: Path) -> None:
         rows = [line for line in file.read_text().splitlines() if json.loads(line)["meta"]["unsure"] >= 5]
         (folder / f"tail_{name}.jsonl").write_text("".join(line + "\n" for line in rows))
     rows = [json.loads(line) for line in clean.read_text().splitlines()]
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    traced = {*order[: round(len(rows) * SHARE / 100)]}
+    traced = {*random.Random(0).sample(range(len(rows)), round(len(rows) * SHARE / 100))}
     found = [row if i in traced else row | {"solution": None} for i, row in enumerate(rows)]
     (folder / f"some_{SHARE}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
@@ -343,9 +341,9 @@ def left(cfg: Config, tried: set) -> list[tuple[Cell, int]]:
     records = read(cfg.out)
     known = {(r["cell"], r["seed"]) for r in records} | tried
     gridless = cfg.only and not best_rates(records) and not any("rate/" in word for word in cfg.only)
-    found = cells(recorded(), cfg.steps) if gridless else cells(records, cfg.steps)
+    found = cells(recorded() if gridless else records, cfg.steps)
+    found = [c for c in found if not c.name.startswith("rate/")] if gridless else found
     wanted = [c for c in found if not cfg.only or any(word in c.name for word in cfg.only)]
-    wanted = [c for c in wanted if not (gridless and c.name.startswith("rate/"))]
     return [(cell, seed) for cell in wanted for seed in cell.seeds if (cell.name, seed) not in known]
 
 

@@ -63,9 +63,9 @@ def compact(records: list[dict], report: dict, partial: bool = False) -> list[di
     return [{"cell": "base", "splits": base, "missing": missing}, *by_cell(records).values()]
 
 
-def by_cell(records: list[dict]) -> dict[str, dict]:
-    """{name: the line of a cell}"""
-    lines = {}
+def by_cell(records: list[dict], lines: dict[str, dict] | None = None) -> dict[str, dict]:
+    """{name: the line of a cell}, beside lines that are there already."""
+    lines = {} if lines is None else lines
     for r in records:
         same = {k: r[k] for k in ("cell", "stages", "bug", "threads", "commit", "dirty")}
         line = lines.setdefault(r["cell"], same | {"versions": [], "hardware": [], "seeds": {}})
@@ -91,9 +91,9 @@ def add_later(paths: tuple[Path, ...]) -> None:
     run is there of the first commit too, made on the same machine and equal in every number.
     """
     lines, records = load(), read(paths)
-    first = next(line["commit"] for line in lines.values() if "commit" in line)
+    first, stages = next((line["commit"], line["stages"]) for line in lines.values() if "commit" in line)
     again, later = ([r for r in records if (r["commit"] == first) == old] for old in (True, False))
-    wanted = claims.cells(claims.recorded(), sum(flags["steps"] for _, flags in records[0]["stages"]))
+    wanted = claims.cells(claims.recorded(), sum(flags["steps"] for _, flags in stages))
     for part in (again, later):
         refuse(part)
         same_flags(part, wanted)
@@ -104,17 +104,15 @@ def add_later(paths: tuple[Path, ...]) -> None:
                 sys.exit(f"{name} (seed {seed}) is not what it is at {first[:7]}: the methods differ, or the machines.")
             repeated.append(f"{name} (seed {seed})")
         proven |= {script for script, _ in line["stages"]}
-    new = {name: line for name, line in found.items() if lines.get(name, line)["commit"] != first}
-    if unknown := {script for line in new.values() for script, _ in line["stages"]} - proven:
+    there = {
+        name: old["commit"] for name, old in lines.items() if name in found and old["commit"] != later[0]["commit"]
+    }
+    new = [r for r in later if r["cell"] not in there]
+    if unknown := {script for r in new for script, _ in r["stages"]} - proven:
         sys.exit(f"No run of {', '.join(sorted(unknown))} is there of {first[:7]} too: the method may be another one.")
-    for name, line in found.items():
-        old = lines.setdefault(name, line)
-        if old["commit"] != line["commit"]:
-            print(f"{name}: claims.jsonl has it of {old['commit'][:7]}, which stays")
-            continue
-        old["seeds"] |= line["seeds"]
-        for key in ("versions", "hardware"):
-            old[key] += [made for made in line[key] if made not in old[key]]
+    for name, commit in there.items():
+        print(f"{name}: claims.jsonl has it of {commit[:7]}, which stays")
+    by_cell(new, lines)
     runs = {(name, int(seed)) for name, line in lines.items() for seed in line.get("seeds", ())}
     repeated = sorted({*lines["base"].get("repeated", ()), *repeated})
     lines["base"] |= {"missing": absent(runs, wanted), "repeated": repeated}

@@ -3,7 +3,7 @@
 python results/verdicts.py                                      tables and figures: make results
 python results/verdicts.py --add runs/claims/records.jsonl      first claims.jsonl from raw records
 python eval.py --model map --out runs/claims/base --samples 16 --k 1 16       the base, for --add
-python results/verdicts.py --add_later runs/more/records.jsonl   cells that it does not have
+python results/verdicts.py --add_later runs/more/records.jsonl   cells that claims.jsonl lacks
 
 An interval is Student's, 95 %, over seeds. A claim of claims.toml is one number for each seed,
 above 0 where the claim holds: as a rule a's accuracy minus b's with the same seed. It is *seen*

@@ -153,6 +153,10 @@ def test_a_later_commit_whose_numbers_are_others_is_refused(later, records):
             compared.add_later(make(change, old))
     with pytest.raises(SystemExit, match="0 commits"):
         compared.add_later(make({}))
+    (path,) = make({})
+    path.write_text("")
+    with pytest.raises(SystemExit, match="0 commits"):
+        compared.add_later((path,))
     sft = next(r for r in records if r["cell"] == "controlled/sft") | {"commit": "b" * 40}
     with pytest.raises(SystemExit, match="No run of trapo is there of aaaaaaa too"):
         compared.add_later(make({}, sft, sft | {"commit": "a" * 40}))
