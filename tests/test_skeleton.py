@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -294,3 +296,15 @@ def test_other_numbers_of_the_readme(capsys):
     unseen = {row[0]: float(row[1]) for row in rows if len(row) == 2}
     assert f"gradient norm is {first_last:.2f} instead of {correct:.2f}" in text
     assert f"on unseen rows {unseen['first_last']:.2f} instead of {unseen['correct']:.2f}" in text
+
+
+def test_what_a_passed_test_wrote_goes(tmp_path):
+    """By the project's settings; a failed one's stays. Else a suite's checkpoints fill a disk."""
+    (tmp_path / "test_two.py").write_text(
+        "def test_one(tmp_path):\n    (tmp_path / 'passed').touch()\n\n\n"
+        "def test_two(tmp_path):\n    (tmp_path / 'failed').touch()\n    assert False\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), str(tmp_path / "test_two.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert "1 failed, 1 passed" in done.stdout
+    assert [path.name for path in tmp_path.rglob("*ed") if path.is_file()] == ["failed"]
